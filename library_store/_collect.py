@@ -1,0 +1,179 @@
+"""Garbage collection: what may go, and in which order. Decides and removes nothing."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from graphlib import TopologicalSorter
+from typing import TYPE_CHECKING, Final
+
+from library_store.digest import Digest
+from library_store.errors import GcAborted, ObjectNotFound, RefCorrupt
+from library_store.names import Ref
+from library_store.records import Children, LogEntry
+
+if TYPE_CHECKING:
+    from library_store.store import Store
+
+PARENT_LIMIT: Final = 16 << 20
+"""Bytes. What refers to other objects must not be longer than this, unless a ref points to it."""
+
+TRASH_AGE: Final = timedelta(days=7)
+TEMPORARY_AGE: Final = timedelta(hours=24)
+
+_SKEW: Final = timedelta(minutes=5)
+_NS: Final = 1_000_000_000
+_ID: Final = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
+_CHECK: Final = "verify the store, and put back or quarantine what it reports"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a collection would do. `victims` are (digest, modified in ns), parents first."""
+
+    refs: dict[Ref, Digest]
+    marked: frozenset[Digest]
+    victims: tuple[tuple[Digest, int], ...]
+    sizes: dict[Digest, int]
+    kept: int
+
+    @property
+    def removed(self) -> tuple[Digest, ...]:
+        return tuple(digest for digest, _ in self.victims)
+
+    def size(self, digests: Iterable[Digest]) -> int:
+        return sum(self.sizes[digest] for digest in digests)
+
+
+def new_id(now: datetime) -> str:
+    """A name for one collection, which tells its time."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+def time_of(gc_id: str) -> datetime | None:
+    """When that collection ran; None for text that is not the id of one, such as a path."""
+    match = _ID.fullmatch(gc_id)
+    try:
+        return match and datetime.strptime(match[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def plan(
+    store: Store, children: Children, *, grace: timedelta, now: datetime, allow_empty: bool
+) -> Plan:
+    """Mark what stays, order what goes. Raises GcAborted, and so does anything unreadable."""
+    try:
+        return _plan(store, children, grace=grace, now=now, allow_empty=allow_empty)
+    except (OSError, ObjectNotFound, RefCorrupt) as error:
+        raise GcAborted(f"nothing was removed: {error}", hint=_CHECK) from error
+
+
+def _plan(
+    store: Store, children: Children, *, grace: timedelta, now: datetime, allow_empty: bool
+) -> Plan:
+    refs, strays = store._scan_refs()
+    if strays:
+        # A file among the refs that is no ref may be one by a rule that this code does not know.
+        raise GcAborted(f"nothing was removed: {strays[0].detail}", hint=strays[0].hint)
+    modified = {digest: store._modified(digest) for digest in store.objects()}
+    if modified and not refs and not allow_empty:
+        raise GcAborted(
+            f"nothing was removed: the store has {len(modified)} objects and no ref at all",
+            hint="if that is right, collect again and allow an empty store",
+        )
+    newest = int((now + _SKEW).timestamp() * _NS)
+    for digest, when in modified.items():
+        if when > newest:
+            raise GcAborted(
+                f"nothing was removed: object {digest.short} is from the future",
+                hint="set the clock",
+            )
+
+    cutoff = now - grace
+    young = int(cutoff.timestamp() * _NS)
+    marked: set[Digest] = set()
+    roots = frozenset(refs.values())
+    _mark(store, children, roots, marked, roots=roots, may_lack=False)
+    # What only a log or its youth protects may have lost parts already: to an earlier collection
+    # with less grace, or to a quarantine. There is nothing left to protect in what is gone.
+    _mark(store, children, _logged(store, cutoff), marked, roots=roots, may_lack=True)
+    recent = (digest for digest, when in modified.items() if when > young)
+    _mark(store, children, recent, marked, roots=roots, may_lack=True)
+
+    victims = _parents_first(store, children, sorted(set(modified) - marked))
+    return Plan(
+        refs=refs,
+        marked=frozenset(marked),
+        victims=tuple((digest, modified[digest]) for digest in victims),
+        sizes={digest: store.size(digest) for digest in victims},
+        kept=len(modified) - len(victims),
+    )
+
+
+def _mark(
+    store: Store,
+    children: Children,
+    starts: Iterable[Digest],
+    marked: set[Digest],
+    *,
+    roots: frozenset[Digest],
+    may_lack: bool,
+) -> None:
+    """Add to `marked` all that `starts` reach. What cannot be followed is a GcAborted."""
+    waiting = list(starts)
+    while waiting:
+        digest = waiting.pop()
+        if digest in marked:
+            continue
+        marked.add(digest)
+        try:
+            waiting.extend(children_of(store, digest, children, whole=digest in roots))
+        except Exception as error:  # `children` is the caller's, and may raise anything
+            if isinstance(error, ObjectNotFound) and may_lack and digest not in store:
+                continue
+            message = f"nothing was removed: object {digest.short} cannot be followed: {error}"
+            raise GcAborted(message, hint=_CHECK) from error
+
+
+def children_of(
+    store: Store, digest: Digest, children: Children, *, whole: bool
+) -> tuple[Digest, ...]:
+    """What an object refers to, from its checked bytes. `whole`: read it whatever its size."""
+    if not whole and store.size(digest) > PARENT_LIMIT:
+        return ()
+    return tuple(children(digest, store.get(digest)))
+
+
+def _logged(store: Store, cutoff: datetime) -> set[Digest]:
+    """Every digest that a ref pointed to at some time since `cutoff`."""
+    found: set[Digest | None] = set()
+    for name in store._log_names():
+        last: dict[Ref, LogEntry] = {}
+        for entry in store.log(name):
+            last[entry.ref] = entry
+            if entry.time >= cutoff:
+                found |= {entry.old, entry.new}
+        # The last known place of each ref: a crash between a move and its log line leaves the ref
+        # elsewhere, and nobody knows since when.
+        found |= {entry.new for entry in last.values()}
+    return {digest for digest in found if digest is not None}
+
+
+def _parents_first(store: Store, children: Children, victims: list[Digest]) -> list[Digest]:
+    """Order victims so that a crash in the middle leaves no object that lacks its children."""
+    going = set(victims)
+    graph: TopologicalSorter[Digest] = TopologicalSorter()
+    for digest in victims:
+        graph.add(digest)
+        try:
+            below = children_of(store, digest, children, whole=False)
+        except Exception:  # garbage that nobody can read: it has no order to keep
+            continue
+        for child in below:
+            if child in going and child != digest:
+                graph.add(child, digest)
+    return list(graph.static_order())
