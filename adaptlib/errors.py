@@ -1,0 +1,56 @@
+"""Everything adaptlib raises on purpose.
+
+    AdaptlibError                exit code 1
+        UsageError               2   the call cannot be meant like this
+        NotFoundError            3   a name, file or model that is not there
+        CorruptError             4   bytes that are not what they claim to be
+        ConflictError            5   a name that is taken
+        RemoteError              6   the hub or the network
+        RefusedError             7   unsafe or unsupported input
+            BaseMismatchError    7   an expert that does not fit this base model
+
+Each message says what went wrong, on which thing, what was there and what was wanted; `hint` is
+the next thing to type or do.
+"""
+
+
+class AdaptlibError(Exception):
+    """The root of the tree. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(AdaptlibError, ValueError):
+    exit_code = 2
+
+
+class NotFoundError(AdaptlibError, LookupError):
+    exit_code = 3
+
+
+class CorruptError(AdaptlibError):
+    exit_code = 4
+
+
+class ConflictError(AdaptlibError):
+    exit_code = 5
+
+
+class RemoteError(AdaptlibError):
+    exit_code = 6
+
+
+class RefusedError(AdaptlibError):
+    exit_code = 7
+
+
+class BaseMismatchError(RefusedError):
+    """An expert and a base model that do not belong together."""
+
+
+class BaseWarning(UserWarning):
+    """The base model may not be the one an expert was trained for; its shapes agree."""

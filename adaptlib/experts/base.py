@@ -1,0 +1,233 @@
+"""Which base model an expert belongs to, and whether a given model is that one."""
+
+import difflib
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from adaptlib.errors import (
+    BaseMismatchError,
+    BaseWarning,
+    NotFoundError,
+    RefusedError,
+    RemoteError,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEMO_BASE = "adaptlib/demo-base"
+BUNDLE = Path(__file__).parent.parent / "demo" / "bundle"  # the model behind DEMO_BASE is in base/
+
+# What makes two configs the same architecture. Other keys come and go with transformers' versions.
+_CONFIG_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as experts see it. `modules` maps each Linear or Conv1D to (d_out, d_in);
+    `digest` is over the config's sizes and these shapes, not over the weights."""
+
+    id: str
+    revision: str | None
+    digest: str
+    modules: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: "nn.Module") -> "BaseModel":
+        """Describe a loaded transformers model."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        modules: dict[str, tuple[int, int]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                modules[name] = (module.out_features, module.in_features)
+            elif isinstance(module, Conv1D):
+                modules[name] = (module.weight.shape[1], module.weight.shape[0])
+        config: Any = model.config
+        text = config.get_text_config()
+        sizes = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
+        document = {"config": sizes, "modules": modules}
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        revision = getattr(config, "_commit_hash", None)
+        name = base_id(getattr(config, "_name_or_path", "") or config.model_type)
+        return cls(name, revision, digest, MappingProxyType(modules))
+
+    def pin(self) -> dict[str, Any]:
+        """What a card keeps under `base`."""
+        return {"id": self.id, "revision": self.revision, "digest": self.digest}
+
+
+def base_id(name_or_path: str) -> str:
+    """The id by which a model is named: the bundled model's id instead of its path."""
+    path = Path(name_or_path)
+    if path.is_dir() and path.resolve() == (BUNDLE / "base").resolve():
+        return DEMO_BASE
+    return name_or_path
+
+
+def locate(name_or_path: str, *, revision: str | None = None) -> Path | None:
+    """The local directory of a base model with its config.json, or None. Never goes online."""
+    if name_or_path == DEMO_BASE:
+        return BUNDLE / "base"
+    path = Path(name_or_path).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if name_or_path.count("/") > 1 or not name_or_path or path.is_absolute():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseModel:
+    """The base model in `directory`, from its config alone: shapes come from a model without
+    weights. With `cache`, a directory, the answer is kept there by the digest of the config."""
+    config_bytes = (directory / "config.json").read_bytes()
+    key = hashlib.sha256(config_bytes).hexdigest()
+    kept = cache / f"{key}.json" if cache else None
+    if kept and kept.is_file():
+        try:
+            seen = json.loads(kept.read_text())
+            modules = {n: (int(o), int(i)) for n, (o, i) in seen["modules"].items()}
+            return BaseModel(name, _revision(directory), seen["digest"], MappingProxyType(modules))
+        except (ValueError, KeyError, TypeError):
+            kept.unlink()  # a broken cache is made again
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise RefusedError(
+            f"{directory} is not a causal language model that transformers can build: {error}"
+        ) from error
+    base = BaseModel.of(model)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps({"digest": base.digest, "modules": dict(base.modules)}))
+        partial.replace(kept)
+    return BaseModel(name, _revision(directory), base.digest, base.modules)
+
+
+def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a base model, in evaluation mode, on the GPU where there is one.
+
+    Takes the bundled model's id, a directory, or an id on the hub. On the CPU a model of less than
+    a billion parameters is float32, since half precision is slower there. NotFoundError where
+    there is no such model, RemoteError where the hub cannot be reached.
+    """
+    where = locate(name_or_path, revision=revision)
+    if where is None and (name_or_path.count("/") > 1 or Path(name_or_path).is_absolute()):
+        raise NotFoundError(
+            f"no base model at {name_or_path}", hint="say where it is: --model DIRECTORY"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(where) if where is not None else name_or_path
+    local = where is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype="auto",
+            local_files_only=local,
+            use_safetensors=True,  # never a pickle
+        )
+    except OSError as error:
+        if local:
+            raise NotFoundError(f"the base model at {source} is incomplete: {error}") from error
+        raise RemoteError(
+            f"the base model {name_or_path} is not on this machine and the hub did not give it: "
+            f"{str(error).splitlines()[0]}",
+            hint="say where it is: --model DIRECTORY",
+        ) from error
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    elif model.num_parameters() < 1e9:
+        model = model.float()
+    return model.eval(), tokenizer
+
+
+def _revision(directory: Path) -> str | None:
+    """The commit, where the directory is a snapshot in the hub's cache."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def check_fit(
+    name: str, shapes: Mapping[str, tuple[int, int]], pin: Mapping[str, Any], base: BaseModel
+) -> None:
+    """Refuse an expert that does not belong on `base`.
+
+    `shapes` is (d_out, d_in) by module, `pin` the card's `base`. Raises BaseMismatchError where a
+    module is absent, a shape differs or the pinned digest is another; warns (BaseWarning) where
+    only the id differs, since the same architecture may hold other weights.
+    """
+    absent = [module for module in shapes if module not in base.modules]
+    if absent:
+        close = difflib.get_close_matches(absent[0], base.modules, n=1, cutoff=0.3)
+        closest = f"; the closest module there is {close[0]}" if close else ""
+        found = len(shapes) - len(absent)
+        how = f"matches only {found} of its {len(shapes)} modules in {base.id}"
+        if not found:
+            how = f"matches no module of {base.id}"
+        raise BaseMismatchError(
+            f"{name} {how}: no {absent[0]}{closest}",
+            hint=f"it was trained on {pin.get('id') or 'another model'}; use that base model",
+        )
+    for module, shape in shapes.items():
+        if base.modules[module] != shape:
+            raise BaseMismatchError(
+                f"{name} does not fit {base.id}: {module} has shape {base.modules[module]} there, "
+                f"the expert has {shape}",
+                hint=f"it was trained on {pin.get('id') or 'another model'}; use that base model",
+            )
+    if pin.get("digest") and pin["digest"] != base.digest:
+        raise BaseMismatchError(
+            f"{name} is pinned to another base model: {pin.get('id')} {pin['digest'][:19]}, "
+            f"this is {base.id} {base.digest[:19]}",
+            hint="use the base model it was trained on, or add it again with --base",
+        )
+    if pin.get("revision") and base.revision and pin["revision"] != base.revision:
+        warnings.warn(
+            f"{name} was trained on revision {pin['revision'][:12]} of {pin.get('id')}; "
+            f"this is revision {base.revision[:12]}",
+            BaseWarning,
+            stacklevel=2,
+        )
+    if pin.get("id") and _last(pin["id"]) != _last(base.id):
+        warnings.warn(
+            f"{name} was trained on {pin['id']}; this model is {base.id}. The shapes agree, "
+            "the weights may not",
+            BaseWarning,
+            stacklevel=2,
+        )
+
+
+def _last(name: str) -> str:
+    """`org/Model` and a local copy in `/models/model/` are one name."""
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,284 @@
+"""Experts as bytes: a safetensors blob with tensors only, and a manifest that says the rest.
+
+`Packed` is an expert as bytes, `Expert` one as tensors; `pack` and `unpack` go between them.
+Keeping, importing and exporting works on `Packed` and needs no torch.
+
+    lora      <module>.lora_a (rank, d_in)      <module>.lora_b (d_out, rank)
+    sparse    <module>.index (n,) I32 or I64    <module>.values (n,) or (n, 16, 16)
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+import numpy as np
+
+from adaptlib.errors import CorruptError, NotFoundError, RefusedError
+from adaptlib.experts.tensors import (
+    FLOATS,
+    RawTensor,
+    encode,
+    encoded_size,
+    map_file,
+    parse_json,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptlib.experts.expert import Expert
+
+SCHEMA = "adaptlib.expert/1"
+MANIFEST_NAME = "expert.json"
+BLOB_NAME = "expert.safetensors"
+MAX_MANIFEST = 16 * 1024 * 1024  # bytes
+_PARTS = {"lora": ("lora_a", "lora_b"), "sparse": ("index", "values")}
+
+
+class Module(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What is known of one delta beside its tensors."""
+
+    shape: tuple[int, int]  # (d_out, d_in)
+    rank: int | None = None
+    scale: float | None = None
+    block: int | None = None
+
+
+class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class BlobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    digest: str
+    size: int  # bytes
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The canonical JSON whose SHA-256 is the expert's digest. It does not hold the name."""
+
+    schema: Literal["adaptlib.expert/1"]
+    kind: Literal["lora", "sparse"]
+    base: str
+    blob: BlobInfo
+    modules: dict[str, Module]
+    tensors: dict[str, TensorInfo]
+    card: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """Sorted keys, no spaces: the same manifest has the same bytes everywhere."""
+        return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def rank(self) -> int | None:
+        return max((m.rank for m in self.modules.values() if m.rank is not None), default=None)
+
+    @property
+    def params(self) -> int:
+        """Numbers kept: all tensors but the positions of sparse experts."""
+        total = 0
+        for name, tensor in self.tensors.items():
+            if not name.endswith(".index"):
+                total += int(np.prod(tensor.shape, dtype=np.int64))
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An expert as bytes; see `Expert` for the meaning of each part."""
+
+    kind: str
+    base: str
+    modules: Mapping[str, Module]
+    tensors: Mapping[str, RawTensor]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def blob(self) -> Iterator[bytes | memoryview]:
+        """The safetensors file, in pieces."""
+        return encode(self.tensors)
+
+    def manifest(self, blob_digest: str) -> Manifest:
+        info = {n: TensorInfo(t.dtype, t.shape) for n, t in sorted(self.tensors.items())}
+        return Manifest(
+            schema=SCHEMA,
+            kind=cast(Literal["lora", "sparse"], self.kind),
+            base=self.base,
+            blob=BlobInfo(blob_digest, encoded_size(self.blob())),
+            modules=dict(sorted(self.modules.items())),
+            tensors=info,
+            card=dict(self.card),
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) by module."""
+        return {name: module.shape for name, module in self.modules.items()}
+
+
+def parse_manifest(source: str, data: bytes | memoryview) -> Manifest:
+    """A manifest from its bytes. CorruptError, naming `source`, where it is not one."""
+    if len(data) > MAX_MANIFEST:
+        raise RefusedError(f"{source} has {len(data):,} bytes; at most {MAX_MANIFEST:,} are read")
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{source} is not an expert's manifest: {error}") from None
+
+
+def assemble(source: str, manifest: Manifest, blob: memoryview) -> Packed:
+    """The expert that `manifest` describes, over the bytes of its blob; the two must agree."""
+    tensors = read_tensors(source, blob)
+    said = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items()}
+    found = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    if said != found:
+        wrong = sorted(n for n in said.keys() | found.keys() if said.get(n) != found.get(n))
+        raise CorruptError(
+            f"{source}: manifest and tensors differ in {len(wrong)} places, first {wrong[0]!r}: "
+            f"manifest {said.get(wrong[0])}, tensors {found.get(wrong[0])}"
+        )
+    packed = Packed(manifest.kind, manifest.base, manifest.modules, tensors, manifest.card)
+    check_structure(source, packed)
+    return packed
+
+
+def check_structure(source: str, packed: Packed) -> None:
+    """Each module has its two tensors, of fitting shapes and dtypes, and nothing is left over."""
+    parts = _PARTS[packed.kind]
+    wanted = {f"{module}.{part}" for module in packed.modules for part in parts}
+    if not packed.modules:
+        raise RefusedError(f"{source} adapts no module; it would change nothing")
+    if odd := sorted(wanted ^ packed.tensors.keys()):
+        where = "is missing" if odd[0] in wanted else "belongs to no module"
+        raise CorruptError(f"{source}: tensor {odd[0]!r} {where} ({len(odd)} such)")
+    for name, module in packed.modules.items():
+        first, second = (packed.tensors[f"{name}.{part}"] for part in parts)
+        d_out, d_in = module.shape
+        if packed.kind == "lora":
+            fits = first.shape == (module.rank, d_in) and second.shape == (d_out, module.rank)
+            fits = fits and module.scale is not None and {first.dtype, second.dtype} <= FLOATS
+        else:
+            block = module.block or 1
+            tail = () if block == 1 else (block, block)
+            fits = len(first.shape) == 1 and second.shape == (*first.shape, *tail)
+            fits = fits and block in (1, 16) and d_out % block == d_in % block == 0
+            fits = fits and first.dtype in ("I32", "I64") and second.dtype in FLOATS
+        if not fits:
+            raise CorruptError(
+                f"{source}: {name} of shape {module.shape}, rank {module.rank}, block "
+                f"{module.block} does not go with tensors {first.dtype} {first.shape} and "
+                f"{second.dtype} {second.shape}"
+            )
+
+
+def check_content(source: str, packed: Packed) -> None:
+    """No NaN or infinity, and positions of sparse experts inside the matrix and rising."""
+    for name, tensor in packed.tensors.items():
+        if not tensor.finite():
+            raise RefusedError(
+                f"{source}: {name} holds NaN or infinity; routing to it would spoil every output",
+                hint="train it again, or take an earlier checkpoint",
+            )
+    if packed.kind != "sparse":
+        return
+    for name, module in packed.modules.items():
+        index = packed.tensors[f"{name}.index"].numpy()
+        size = module.shape[0] * module.shape[1] // (module.block or 1) ** 2
+        if index.size and (index[0] < 0 or index[-1] >= size or (np.diff(index) <= 0).any()):
+            raise CorruptError(f"{source}: positions of {name} do not rise within 0..{size - 1}")
+
+
+_TORCH_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_TORCH_NAMES |= {"int32": "I32", "int64": "I64"}
+
+
+def _raw(tensor: "torch.Tensor") -> RawTensor:
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _TORCH_NAMES:
+        raise RefusedError(
+            f"a tensor of {dtype} cannot be kept; supported: {', '.join(_TORCH_NAMES)}"
+        )
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    return RawTensor(_TORCH_NAMES[dtype], tuple(tensor.shape), memoryview(data))
+
+
+def _tensor(raw: RawTensor) -> "torch.Tensor":
+    import torch
+
+    dtype = getattr(torch, {v: k for k, v in _TORCH_NAMES.items()}[raw.dtype])
+    if not raw.data.nbytes:
+        return torch.empty(raw.shape, dtype=dtype)
+    return torch.frombuffer(raw.data, dtype=dtype).reshape(raw.shape)
+
+
+def pack(expert: "Expert") -> Packed:
+    """An expert as bytes."""
+    from adaptlib.experts.lora import LoRADelta
+    from adaptlib.experts.sparse import SparseDelta
+
+    modules: dict[str, Module] = {}
+    tensors: dict[str, RawTensor] = {}
+    for name, delta in expert.deltas.items():
+        if isinstance(delta, LoRADelta):
+            modules[name] = Module(delta.shape, rank=delta.rank, scale=float(delta.scale))
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = _raw(delta.a), _raw(delta.b)
+        elif isinstance(delta, SparseDelta):
+            size = delta.shape[0] * delta.shape[1] // delta.block**2
+            index = delta.index.int() if size < 2**31 else delta.index.long()
+            modules[name] = Module(delta.shape, block=delta.block)
+            tensors[f"{name}.index"], tensors[f"{name}.values"] = _raw(index), _raw(delta.values)
+    return Packed(expert.kind, expert.base, modules, tensors, dict(expert.card))
+
+
+def unpack(packed: Packed) -> "Expert":
+    """An expert as tensors, over the same memory."""
+    from adaptlib.experts.expert import Expert
+    from adaptlib.experts.lora import LoRADelta
+    from adaptlib.experts.sparse import SparseDelta
+
+    def part(module: str, name: str) -> "torch.Tensor":
+        return _tensor(packed.tensors[f"{module}.{name}"])
+
+    if packed.kind == "lora":
+        deltas: dict[str, Any] = {
+            name: LoRADelta(part(name, "lora_a"), part(name, "lora_b"), module.scale or 0.0)
+            for name, module in packed.modules.items()
+        }
+    else:
+        deltas = {
+            name: SparseDelta(
+                part(name, "index"), part(name, "values"), module.shape, module.block or 1
+            )
+            for name, module in packed.modules.items()
+        }
+    return Expert(packed.base, deltas, packed.card)
+
+
+def write_directory(packed: Packed, directory: Path) -> None:
+    """Write an adaptlib directory: `expert.json` and `expert.safetensors`."""
+    from library_store import Digest
+
+    directory.mkdir(parents=True, exist_ok=True)
+    blob = b"".join(packed.blob())
+    manifest = packed.manifest(str(Digest.of(blob)))
+    for name, data in ((BLOB_NAME, blob), (MANIFEST_NAME, manifest.encode())):
+        temporary = directory / f".{name}.{os.getpid()}"
+        temporary.write_bytes(data)
+        temporary.replace(directory / name)
+
+
+def read_directory(directory: Path) -> Packed:
+    """Read an adaptlib directory."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise NotFoundError(f"{directory} has no {MANIFEST_NAME}")
+    view = map_file(path)
+    parse_json(str(path), bytes(view[: MAX_MANIFEST + 1]))
+    blob = map_file(directory / BLOB_NAME)
+    return assemble(str(directory), parse_manifest(str(path), view), blob)

@@ -1,0 +1,63 @@
+"""Expert: the value that everything else is written in terms of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, final
+
+from adaptlib.errors import UsageError
+from adaptlib.experts.delta import Delta
+from adaptlib.experts.lora import LoRADelta
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """What was learned on top of one base model: a delta for each adapted module, and a card.
+
+    `base` is the id of the base model. `deltas` is keyed by the model's own module names
+    (`model.layers.0.self_attn.q_proj`), sorted, all of one kind. `card` is plain JSON data: task,
+    description, licence, training recipe, metrics, parents, and under `base` the pin
+    `{"id", "revision", "digest"}` by which a wrong base model is noticed.
+    """
+
+    base: str
+    deltas: Mapping[str, Delta]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        deltas = dict(sorted(self.deltas.items()))
+        kinds = sorted({delta.kind for delta in deltas.values()})
+        if not deltas:
+            raise UsageError("an expert without deltas changes nothing; give it one at least")
+        if len(kinds) > 1:
+            raise UsageError(f"the deltas of one expert are of one kind; got {', '.join(kinds)}")
+        object.__setattr__(self, "deltas", MappingProxyType(deltas))
+        object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
+
+    @property
+    def kind(self) -> str:
+        """`lora` or `sparse`."""
+        return next(iter(self.deltas.values())).kind
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of its deltas; None for a sparse expert."""
+        ranks = [delta.rank for delta in self.deltas.values() if isinstance(delta, LoRADelta)]
+        return max(ranks, default=None)
+
+    @property
+    def params(self) -> int:
+        """How many numbers it keeps."""
+        return sum(delta.params for delta in self.deltas.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) by module."""
+        return {name: delta.shape for name, delta in self.deltas.items()}
+
+    def __repr__(self) -> str:
+        return (
+            f"Expert(base={self.base!r}, kind={self.kind!r}, modules={len(self.deltas)}, "
+            f"rank={self.rank}, params={self.params:,})"
+        )

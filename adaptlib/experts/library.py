@@ -1,0 +1,410 @@
+"""Library: a mapping from names to experts, over a store."""
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+
+from adaptlib.errors import (
+    BaseWarning,
+    ConflictError,
+    NotFoundError,
+    UsageError,
+)
+from adaptlib.experts import base as bases
+from adaptlib.experts import index
+from adaptlib.experts.codec import (
+    SCHEMA,
+    Manifest,
+    Packed,
+    assemble,
+    check_content,
+    parse_manifest,
+    unpack,
+)
+from adaptlib.experts.index import Summary
+from adaptlib.experts.location import library_path
+from adaptlib.experts.sources import read_source
+from adaptlib.experts.tensors import parse_json
+from library_store import (
+    AmbiguousDigest,
+    Digest,
+    InvalidName,
+    LocalStore,
+    LogEntry,
+    NotAStore,
+    ObjectNotFound,
+    Problem,
+    Ref,
+    RefConflict,
+    Report,
+    Store,
+)
+
+if TYPE_CHECKING:
+    from adaptlib.experts.expert import Expert
+
+RECORDS = ("clusterings", "routers")  # first parts of names that are kept for what is no expert
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `add` did. `new` is False where the same expert had this name already; `notes` are
+    sentences for the reader: migrations made, checks that could not be made."""
+
+    name: str
+    digest: str
+    manifest: Manifest
+    new: bool
+    notes: tuple[str, ...]
+
+
+@final
+class Library(Mapping[str, "Expert"]):
+    """Experts by name. Iterating gives each name once; a lookup takes `name`, `name:tag`,
+    or the first seven or more characters of a digest."""
+
+    def __init__(self, store: Store, path: Path | None = None) -> None:
+        self.store = store
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path | None = None, *, create: bool = False) -> "Library":
+        """The library at `path`, or where `library_path` finds one. NotFoundError where there is
+        none, unless `create`."""
+        where, why = library_path(path)
+        try:
+            return cls(LocalStore.open(where), where)
+        except NotAStore:
+            if create:
+                return cls(LocalStore.create(where), where)
+            raise NotFoundError(
+                f"no library at {where} ({why})", hint=f"make one: adaptlib init {where}"
+            ) from None
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> "Expert":
+        return unpack(self.packed(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self.digest(str(name))
+        except (NotFoundError, UsageError):
+            return False
+        return True
+
+    def names(self) -> dict[str, str]:
+        """Digest by name: the tag `latest` of each name, or its last tag where it has no latest."""
+        chosen: dict[str, tuple[Ref, Digest]] = {}
+        for ref, digest in self._expert_refs().items():
+            if ref.name not in chosen or chosen[ref.name][0].tag != "latest":
+                chosen[ref.name] = (ref, digest)
+        return {str(ref): str(digest) for ref, digest in chosen.values()}
+
+    def tags(self) -> dict[str, str]:
+        """Digest by `name:tag`, every tag of every name."""
+        return {str(ref): str(digest) for ref, digest in self._expert_refs().items()}
+
+    def digest(self, name: str) -> str:
+        """The digest (`sha256:...`) of a name, a `name:tag` or a prefix of a digest.
+
+        NotFoundError suggests the nearest names; UsageError where the prefix fits several.
+        """
+        with suppress(InvalidName):
+            ref = Ref.parse(name)
+            refs = self._expert_refs()
+            if ref in refs:
+                return str(refs[ref])
+            tagged = [str(digest) for r, digest in refs.items() if r.name == name]
+            if tagged:
+                return tagged[-1]
+        if re.fullmatch(r"(sha256:)?[0-9a-f]{7,64}", name):
+            try:
+                digest = self.store.resolve(name)
+                self._manifest(digest)
+                return str(digest)
+            except AmbiguousDigest as error:
+                raise UsageError(str(error)) from None
+            except ObjectNotFound:
+                pass
+        known = list(self.tags())
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise NotFoundError(
+            f"no expert named {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""),
+            hint="see all: adaptlib list" if known else "the library is empty: adaptlib add SOURCE",
+        )
+
+    def manifest(self, name: str) -> Manifest:
+        """What is kept about an expert, without its tensors."""
+        return self._manifest(Digest.parse(self.digest(name)))
+
+    def packed(self, name: str) -> Packed:
+        """An expert as bytes, mapped and verified."""
+        digest = Digest.parse(self.digest(name))
+        manifest = self._manifest(digest)
+        blob = self.store.view(Digest.parse(manifest.blob.digest))
+        return assemble(name, manifest, blob)
+
+    def summaries(self) -> dict[str, tuple[str, Summary]]:
+        """(digest, summary) by name, from the index, which is brought up to date."""
+        names = self.names()
+        known = index.read(self.path / "index.db", names.values()) if self.path else {}
+        fresh = {
+            digest: Summary.of(self._manifest(Digest.parse(digest)))
+            for digest in set(names.values()) - known.keys()
+        }
+        if fresh and self.path:
+            index.write(self.path / "index.db", fresh)
+        known |= fresh
+        return {name: (digest, known[digest]) for name, digest in names.items()}
+
+    def log(self, name: str) -> list[LogEntry]:
+        """Every move of a name's tags, oldest first."""
+        return self.store.log(_ref(name).name)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def add(
+        self,
+        source: "str | Path | Expert | Packed",
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        task: str | None = None,
+        description: str | None = None,
+        replace: bool = False,
+    ) -> Added:
+        """Keep an expert: a directory (PEFT or adaptlib), `hf://org/repo[@rev][/subfolder]`, or a
+        value. Nothing changes in the library unless all of it succeeds.
+
+        The name is taken from the source where none is given. A name that points to another expert
+        is a ConflictError unless `replace`. The expert is checked against its base model where
+        that is on this machine.
+        """
+        packed, default_name, notes = read_source(source, base)
+        ref = _ref(name if name is not None else default_name)
+        before = self._expert_refs().get(ref)
+        packed, checked = self._pinned(packed, str(ref), base)
+        notes += checked
+        said = {"task": task, "description": description}
+        card = dict(packed.card) | {key: text for key, text in said.items() if text is not None}
+        packed = dataclasses.replace(packed, card=card)
+        check_content(str(ref), packed)
+        digest = self._keep(packed, ref, before, replace=replace)
+        return Added(str(ref), str(digest), self._manifest(digest), before != digest, tuple(notes))
+
+    def _keep(self, packed: Packed, ref: Ref, before: Digest | None, *, replace: bool) -> Digest:
+        blob = self.store.put(packed.blob())
+        manifest = packed.manifest(str(blob))
+        data = manifest.encode()
+        if before is not None and before != Digest.of(data) and not replace:
+            raise ConflictError(
+                f"the name {ref} is taken by {before.short}; this expert is "
+                f"{Digest.of(data).short}",
+                hint=f"give another name, a tag ({ref.name}:v2), or --replace",
+            )
+        digest = self.store.put(data)
+        if digest != before:
+            self._move(ref, digest, expect=before, reason="add")
+        if self.path:
+            index.write(self.path / "index.db", {str(digest): Summary.of(manifest)})
+        return digest
+
+    def _pinned(self, packed: Packed, name: str, base: str | None) -> tuple[Packed, list[str]]:
+        """The expert with its base pinned in the card, checked where the base is at hand."""
+        pin: dict[str, Any] = dict(packed.card.get("base") or {})
+        pin = {"id": packed.base, "revision": None, "digest": None} | pin
+        notes: list[str] = []
+        if base is not None:
+            base = bases.base_id(base)
+            if pin["id"] not in (base, None):
+                notes.append(f"{name}: says it is for {pin['id']}; pinned to {base}, as asked")
+            pin = {"id": base, "revision": None, "digest": None}
+        where = bases.locate(pin["id"], revision=pin["revision"])
+        if where is None:
+            if base is not None and (base.startswith((".", "/", "~")) or Path(base).exists()):
+                raise NotFoundError(f"no base model at {base}: it has no config.json")
+            if pin["digest"] is None:
+                notes.append(
+                    f"{name}: its base model {pin['id']} is not on this machine, so its shapes "
+                    "are not checked until it is attached"
+                )
+        else:
+            cache = self.path / "derived" / "bases" if self.path else None
+            found = bases.describe(where, pin["id"], cache=cache)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", BaseWarning)
+                bases.check_fit(name, packed.shapes, pin, found)
+            notes += [str(warning.message) for warning in caught]
+            pin = {
+                "id": pin["id"],
+                "revision": pin["revision"] or found.revision,
+                "digest": found.digest,
+            }
+        card = dict(packed.card) | {"base": pin}
+        return Packed(packed.kind, pin["id"], packed.modules, packed.tensors, card), notes
+
+    def remove(self, name: str) -> str:
+        """Forget a name (`name` with all its tags, or one `name:tag`). The expert itself stays
+        until `gc`. Returns the digest it had."""
+        ref = _ref(name)
+        refs = self._expert_refs()
+        victims = {
+            r: d for r, d in refs.items() if r == ref or (r.name == ref.name and ":" not in name)
+        }
+        if not victims:
+            self.digest(name)  # raises, with the nearest names
+            raise NotFoundError(f"{name} is a digest, not a name; only names are removed")
+        for victim, digest in victims.items():
+            self._move(victim, None, expect=digest, reason="rm")
+        return str(victims.get(ref) or next(iter(victims.values())))
+
+    def rename(self, old: str, new: str) -> str:
+        """Give an expert another name, with all its tags; its digest stays. ConflictError where
+        the new name is taken."""
+        source, target = _ref(old), _ref(new)
+        refs = self._expert_refs()
+        moved = {r: d for r, d in refs.items() if r.name == source.name}
+        if ":" in old or ":" in new:
+            moved = {r: d for r, d in moved.items() if r == source}
+        if not moved:
+            self.digest(old)
+            raise NotFoundError(f"{old} is a digest, not a name", hint=f"adaptlib tag {old} {new}")
+        pairs = {
+            r: (target if ":" in old or ":" in new else Ref(target.name, r.tag)) for r in moved
+        }
+        for taken in pairs.values():
+            if taken in refs:
+                raise ConflictError(f"the name {taken} is taken", hint=f"adaptlib rm {taken}")
+        for r, digest in moved.items():
+            self._move(pairs[r], digest, expect=None, reason=f"mv from {r}")
+        for r, digest in moved.items():
+            self._move(r, None, expect=digest, reason=f"mv to {pairs[r]}")
+        return str(next(iter(moved.values())))
+
+    def tag(self, name: str, new: str, *, replace: bool = False) -> str:
+        """Give an expert one more name, `name:tag` or another name."""
+        digest, ref = Digest.parse(self.digest(name)), _ref(new)
+        before = self._expert_refs().get(ref)
+        if before not in (None, digest) and not replace:
+            raise ConflictError(
+                f"{ref} is taken by {before.short if before else ''}",
+                hint="add --replace to move it",
+            )
+        if before != digest:
+            self._move(ref, digest, expect=before, reason=f"tag of {name}")
+        return str(digest)
+
+    def save_record(self, kind: str, name: str, document: Mapping[str, Any]) -> str:
+        """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
+        `experts` maps names to digests, which gc then keeps."""
+        ref = _ref(f"{kind}/{name}", record=True)
+        digest = self.store.put(msgspec.json.encode(dict(document), order="sorted"))
+        before = self.store.refs().get(ref)
+        if before != digest:
+            self._move(ref, digest, expect=before, reason=f"save {kind}")
+        return str(digest)
+
+    def check_record_name(self, kind: str, name: str) -> None:
+        """UsageError where `save_record` could not take this name."""
+        _ref(f"{kind}/{name}", record=True)
+
+    def load_record(self, kind: str, name: str) -> dict[str, Any]:
+        """A document kept by `save_record`."""
+        ref = _ref(f"{kind}/{name}", record=True)
+        digest = self.store.refs().get(ref)
+        if digest is None:
+            known = [
+                str(r).split("/", 1)[1] for r in self.store.refs() if r.name.startswith(f"{kind}/")
+            ]
+            raise NotFoundError(
+                f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}"
+            )
+        return parse_json(str(ref), self.store.get(digest))
+
+    # -- upkeep -------------------------------------------------------------------------------
+
+    def verify(self, *, deep: bool = False) -> Report:
+        """Re-hash everything that is kept and follow every ref. `deep` also parses each expert and
+        looks for NaN."""
+        report = self.store.verify(children)
+        if not deep:
+            return report
+        broken = {problem.digest for problem in report.problems}
+        problems = list(report.problems)
+        for name, digest in self.tags().items():
+            if Digest.parse(digest) in broken:
+                continue
+            try:
+                check_content(name, self.packed(name))
+            except Exception as error:  # whatever is wrong with it is the finding
+                problems.append(
+                    Problem(
+                        kind="corrupt",
+                        digest=Digest.parse(digest),
+                        refs=(Ref.parse(name),),
+                        detail=str(error),
+                        hint=f"adaptlib rm {name}",
+                    )
+                )
+        return dataclasses.replace(report, problems=tuple(problems))
+
+    def restore(self, gc_id: str) -> int:
+        """Put back what the gc of that id moved to the trash; returns how many objects."""
+        return self.store.restore(gc_id)
+
+    def gc(self, *, grace: timedelta = timedelta(days=1), dry_run: bool = False) -> Any:
+        """Move what nothing refers to, and nothing did within `grace`, to the trash."""
+        return self.store.gc(children, grace=grace, dry_run=dry_run)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _expert_refs(self) -> dict[Ref, Digest]:
+        refs = self.store.refs()
+        return {r: d for r, d in refs.items() if r.name.split("/")[0] not in RECORDS}
+
+    def _manifest(self, digest: Digest) -> Manifest:
+        return parse_manifest(digest.short, self.store.get(digest))
+
+    def _move(self, ref: Ref, new: Digest | None, *, expect: Digest | None, reason: str) -> None:
+        try:
+            self.store.move(ref, new, expect=expect, reason=reason)
+        except RefConflict as error:
+            raise ConflictError(str(error), hint="look again: adaptlib list") from None
+
+
+def children(_: Digest, data: bytes) -> Iterator[Digest]:
+    """What a kept object refers to: a manifest its blob, a record its experts, a blob nothing."""
+    if not data.startswith(b'{"') or b"\0" in data[:8]:
+        return
+    document = parse_json("object", data)
+    if document.get("schema") == SCHEMA:
+        yield Digest.parse(document["blob"]["digest"])
+    elif isinstance(document.get("experts"), dict):
+        for digest in document["experts"].values():
+            yield Digest.parse(digest)
+
+
+def _ref(name: str, *, record: bool = False) -> Ref:
+    try:
+        ref = Ref.parse(name)
+    except InvalidName as error:
+        raise UsageError(str(error), hint=error.hint) from None
+    if not record and ref.name.split("/")[0] in RECORDS:
+        raise UsageError(f"names under {ref.name.split('/')[0]}/ are kept for saved results")
+    return ref

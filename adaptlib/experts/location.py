@@ -1,0 +1,23 @@
+"""Where the library is, when nobody says."""
+
+import os
+from pathlib import Path
+
+DIRECTORY = ".adaptlib"
+VARIABLE = "ADAPTLIB_LIBRARY"
+
+
+def library_path(explicit: str | Path | None = None) -> tuple[Path, str]:
+    """The library's directory and why it is that one: the option, `ADAPTLIB_LIBRARY`, the nearest
+    `.adaptlib/` from here upwards, or the user's data directory."""
+    if explicit is not None:
+        return Path(explicit).expanduser(), "--library"
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen).expanduser(), VARIABLE
+    here = Path.cwd()
+    for directory in (here, *here.parents):
+        if (directory / DIRECTORY / "FORMAT").is_file():
+            return directory / DIRECTORY, f"{DIRECTORY} in {directory}"
+    from platformdirs import user_data_path
+
+    return user_data_path("adaptlib") / "library", "the user data directory"

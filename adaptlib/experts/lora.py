@@ -1,0 +1,77 @@
+"""LoRADelta: ΔW = scale · B A (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptlib.errors import UsageError
+from adaptlib.experts.delta import Delta, fix_sign, projection
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRADelta(Delta):
+    """ΔW = scale · b @ a, with `a` (rank, d_in) and `b` (d_out, rank).
+
+    `scale` already holds alpha/r, or alpha/√r for rsLoRA; nothing else is applied.
+    """
+
+    a: Float[Tensor, "rank d_in"]
+    b: Float[Tensor, "d_out rank"]
+    scale: float = 1.0
+    kind = "lora"
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise UsageError(
+                f"LoRADelta wants a (rank, d_in) and b (d_out, rank) of one rank; "
+                f"got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def params(self) -> int:
+        return self.a.numel() + self.b.numel()
+
+    def apply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        a, b = self.a.to(x), self.b.to(x)
+        return (x @ a.T @ b.T) * self.scale
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return self.scale * (self.b.float() @ self.a.float())
+
+    def top_direction(self) -> Float[Tensor, " d_in"]:
+        """Exact. With Aᵀ = Q R, ΔWᵀΔW = scale² Q (R BᵀB Rᵀ) Qᵀ, so an eigenproblem of size rank
+        is enough and ΔW is never formed."""
+        q, r = torch.linalg.qr(self.a.double().T)  # (d_in, rank), (rank, rank)
+        b = self.b.double()
+        values, vectors = torch.linalg.eigh(r @ (b.T @ b) @ r.T)  # ascending
+        if values[-1] <= 0 or self.scale == 0:
+            return torch.zeros(self.shape[1], device=self.a.device)
+        return fix_sign((q @ vectors[:, -1]).float())
+
+    def inner(self, other: Delta) -> float:
+        if isinstance(other, LoRADelta):
+            a, b = self.a.double(), self.b.double()
+            return (
+                self.scale
+                * other.scale
+                * ((b.T @ other.b.double()) * (a @ other.a.double().T)).sum().item()
+            )
+        return other.inner(self)
+
+    def sketch(self, *, seed: int = 0, size: int = 16) -> Float[Tensor, "size size"]:
+        d_out, d_in = self.shape
+        left = projection(seed, "out", d_out, size).to(self.b.device) @ self.b.float()
+        right = self.a.float() @ projection(seed, "in", d_in, size).to(self.a.device).T
+        return self.scale * (left @ right)

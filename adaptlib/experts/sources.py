@@ -1,0 +1,76 @@
+"""What `add` takes: a directory, a place on the hub, or a value; read into an expert as bytes."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptlib.errors import NotFoundError, RefusedError, UsageError
+from adaptlib.experts.codec import MANIFEST_NAME, Packed, pack, read_directory
+
+if TYPE_CHECKING:
+    from adaptlib.experts.expert import Expert
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PEFT_CONFIG = "adapter_config.json"
+
+
+def read_source(
+    source: "str | Path | Expert | Packed", base: str | None
+) -> tuple[Packed, str, list[str]]:
+    """The expert, a name for it, and notes."""
+    if isinstance(source, Packed):
+        return source, slug(source.card.get("task") or "expert"), []
+    if not isinstance(source, str | Path):
+        return pack(source), slug(source.card.get("task") or "expert"), []
+    origin: dict[str, Any] = {}
+    if str(source).startswith("hf://"):
+        from adaptlib.experts.hub import fetch
+
+        fetched = fetch(str(source))
+        directory = fetched.directory
+        name = fetched.subfolder or fetched.repo
+        origin = {
+            "source": {
+                "hub": fetched.repo,
+                "revision": fetched.revision,
+                "subfolder": fetched.subfolder,
+            }
+        }
+    else:
+        directory = Path(source).expanduser()
+        name = directory.resolve().name
+    packed = _read_directory(directory, base)
+    notes = [str(note) for note in (packed.card.get("peft") or {}).get("migrated", ())]
+    return replace(packed, card=dict(packed.card) | origin), slug(name.rsplit("/", 1)[-1]), notes
+
+
+def _read_directory(directory: Path, base: str | None) -> Packed:
+    if directory.is_file():
+        if directory.suffix.lower() in PICKLES:
+            raise RefusedError(
+                f"{directory} is a pickle file; loading it can run code",
+                hint="save the adapter as safetensors (PEFT: save_pretrained does)",
+            )
+        raise UsageError(
+            f"{directory} is a file; add takes the directory of an adapter",
+            hint=f"adaptlib add {directory.parent}",
+        )
+    if not directory.exists():
+        raise NotFoundError(f"{directory} is not there", hint="or, on the hub: hf://org/repo")
+    if (directory / MANIFEST_NAME).exists():
+        return read_directory(directory)
+    if (directory / PEFT_CONFIG).exists() or any(directory.glob("adapter_model.*")):
+        from adaptlib.experts.peft import read_peft_packed
+
+        return read_peft_packed(directory, base=base)
+    raise NotFoundError(
+        f"{directory} holds no adapter: no {PEFT_CONFIG} (PEFT), no {MANIFEST_NAME} (adaptlib)",
+        hint="give the directory that save_pretrained or adaptlib export wrote",
+    )
+
+
+def slug(text: str) -> str:
+    """A valid name near `text`."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64].rstrip("-._")
+    return name or "expert"

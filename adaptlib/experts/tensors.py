@@ -1,0 +1,217 @@
+"""Safetensors files, read as hostile input and written so that equal tensors give equal bytes.
+
+    8 bytes   length of the header, little-endian
+    header    JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+    data      the tensors back to back, row by row: no holes, no overlap, nothing after
+
+safetensors' own reader accepts duplicate names and headers of 100 MB (measured, 0.8.0), so the
+header is parsed here first, under limits. Its own writer orders metadata by a hash map, so files
+are written here: no metadata, tensors in the order of that writer (widest dtype first, then name).
+No torch: reading a header must stay cheap.
+"""
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptlib.errors import CorruptError, NotFoundError, RefusedError
+
+MAX_HEADER = 16 * 1024 * 1024  # bytes
+MAX_TENSORS = 65_536
+MAX_AXES = 8
+MAX_NAME = 512  # characters
+
+# dtype -> (bytes an item, numpy type of its bits); in the order in which safetensors sorts them
+DTYPES: dict[str, tuple[int, str]] = {
+    "BOOL": (1, "u1"),
+    "U8": (1, "u1"),
+    "I8": (1, "i1"),
+    "I16": (2, "<i2"),
+    "F16": (2, "<f2"),
+    "BF16": (2, "<u2"),
+    "I32": (4, "<i4"),
+    "F32": (4, "<f4"),
+    "F64": (8, "<f8"),
+    "I64": (8, "<i8"),
+}
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_RANK = {dtype: i for i, dtype in enumerate(DTYPES)}
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as bytes. `data` is its row-major content, `dtype` a safetensors name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def params(self) -> int:
+        return self.data.nbytes // DTYPES[self.dtype][0]
+
+    def numpy(self) -> np.ndarray:
+        """Its content without a copy; bfloat16 as the uint16 of its bits."""
+        return np.frombuffer(self.data, dtype=DTYPES[self.dtype][1]).reshape(self.shape)
+
+    def finite(self) -> bool:
+        """No NaN and no infinity in it."""
+        if self.dtype not in FLOATS:
+            return True
+        flat = self.numpy().reshape(-1)
+        step = 1 << 20
+        if self.dtype == "BF16":
+            return all(
+                not ((flat[i : i + step] & 0x7F80) == 0x7F80).any()
+                for i in range(0, flat.size, step)
+            )
+        return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, mapped, private and writable in memory (the file cannot change)."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size == 0:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is not there") from None
+
+
+def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
+    """The tensors of a safetensors file, sorted by name, as views into `view`.
+
+    `source` names the file in errors. Raises CorruptError where the file is not what it says
+    (truncated, wrong sizes, holes, trailing bytes) and RefusedError where it is over a limit or
+    ambiguous (duplicate names, a dtype outside the allow-list).
+    """
+    if len(view) < 8:
+        raise CorruptError(f"{source} is not a safetensors file: {len(view)} bytes, want 8 or more")
+    length = int.from_bytes(view[:8], "little")
+    if length > MAX_HEADER:
+        if bytes(view[:2]) in (b"PK", b"\x80\x02", b"\x80\x04"):
+            raise RefusedError(
+                f"{source} is a pickle, whatever its name; loading it can run code",
+                hint="save the adapter as safetensors (PEFT: save_pretrained does)",
+            )
+        if length > len(view) - 8:
+            raise CorruptError(
+                f"{source} says its header has {length:,} bytes; the file has {len(view):,}"
+            )
+        raise RefusedError(
+            f"{source} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read"
+        )
+    if length > len(view) - 8:
+        raise CorruptError(
+            f"{source} is truncated: its header has {length:,} bytes, the file {len(view):,}"
+        )
+    header = bytes(view[8 : 8 + length])
+    if header.count(b'"data_offsets"') > MAX_TENSORS:
+        raise RefusedError(f"{source} has more than {MAX_TENSORS:,} tensors")
+    entries = parse_json(source, header)
+    if not isinstance(entries, dict):
+        raise CorruptError(f"{source} has a header that is not a JSON object")
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise RefusedError(
+            f"{source} has {len(entries):,} tensors; at most {MAX_TENSORS:,} are read"
+        )
+    data = view[8 + length :]
+    spans = {name: _span(source, name, entry) for name, entry in entries.items()}
+    end = 0
+    for name, (_, _, begin, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
+        if begin != end:
+            raise CorruptError(f"{source}: tensor {name!r} begins at {begin}, expected {end}")
+        end = stop
+    if end != len(data):
+        raise CorruptError(f"{source} holds {len(data):,} bytes of data; its header says {end:,}")
+    return {
+        name: RawTensor(dtype, shape, data[begin:stop])
+        for name, (dtype, shape, begin, stop) in sorted(spans.items())
+    }
+
+
+def _span(source: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise RefusedError(
+            f"{source} has a tensor name of {len(name)} characters that is empty, over {MAX_NAME} "
+            f"long or not printable: {name[:40]!r}"
+        )
+    try:
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = [*shape, begin, stop]
+    except (KeyError, TypeError, ValueError):
+        raise CorruptError(
+            f"{source}: tensor {name!r} lacks dtype, shape or data_offsets"
+        ) from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RefusedError(
+            f"{source}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}"
+        )
+    if len(shape) > MAX_AXES or any(type(n) is not int or n < 0 for n in whole):
+        raise CorruptError(f"{source}: tensor {name!r} has a shape or offsets that cannot be")
+    size = DTYPES[dtype][0]
+    for n in shape:
+        size *= n
+    if stop - begin != size:
+        raise CorruptError(
+            f"{source}: tensor {name!r} of {dtype} {shape} takes {size:,} bytes; "
+            f"its offsets span {stop - begin:,}"
+        )
+    return dtype, tuple(shape), begin, stop
+
+
+def parse_json(source: str, text: bytes | str) -> Any:
+    """Strict JSON: duplicate keys, NaN and nesting without end are errors that name `source`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise RefusedError(f"{source} has the key {twice[:80]!r} twice")
+        return result
+
+    def constant(value: str) -> Any:
+        raise CorruptError(f"{source} holds {value}, which is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{source} is not JSON: {str(error)[:200]}") from None
+
+
+def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file with these tensors and no metadata, in pieces.
+
+    Equal to what `safetensors` itself writes, so the digest of the same tensors is one digest.
+    """
+    order = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
+    entries: dict[str, Any] = {}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.data.nbytes
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name in order:
+        yield tensors[name].data.cast("B") if tensors[name].data.nbytes else b""
+
+
+def encoded_size(pieces: Iterable[bytes | memoryview]) -> int:
+    """Bytes in all the pieces."""
+    return sum(len(piece) for piece in pieces)

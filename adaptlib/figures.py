@@ -1,0 +1,40 @@
+"""Figures as files: the same figure is the same bytes, whatever the user's matplotlibrc says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from adaptlib.errors import NotFoundError, UsageError
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3f95", "#4d4d4d")
+INK, GROUND, FAINT = "#222222", "#fbfbfb", "#666666"
+DPI = 130
+
+
+def save_figure(draw: Callable[[], Figure], path: str | Path) -> Path:
+    """Write the figure that `draw` makes as .svg or .png, by the suffix of `path`.
+
+    Raises UsageError on another suffix and NotFoundError where the directory is not there, both
+    before anything is drawn.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".svg", ".png"):
+        raise UsageError(
+            f"a figure is an .svg or a .png file; got {str(path)!r}",
+            hint=f"write to {path.with_suffix('.svg').name}",
+        )
+    if not path.parent.is_dir():
+        raise NotFoundError(f"the directory {str(path.parent)!r} of the figure is not there")
+    metadata: dict[str, Any] = (
+        {"Date": None, "Creator": "adaptlib"} if suffix == ".svg" else {"Software": None}
+    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rc("svg", hashsalt="adaptlib", fonttype="none")
+        draw().savefig(path, format=suffix[1:], dpi=DPI, metadata=metadata)
+    return path
