@@ -1,0 +1,56 @@
+"""adaptlib gc: give space back."""
+
+import re
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from . import out
+from .options import JsonOption, LibraryOption, QuietOption
+
+EXAMPLES = ("adaptlib gc --dry-run", "adaptlib gc --grace 7d")
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    grace: Annotated[
+        str, typer.Option(help="Keep what is younger, or had a name since: 90m, 24h, 7d, 0.")
+    ] = "24h",
+    restore: Annotated[
+        str | None, typer.Option(metavar="ID", help="Put back what that gc removed.")
+    ] = None,
+    library: LibraryOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Move what no name leads to into the trash, where it stays for 7 days."""
+    from adaptlib.experts.library import Library
+
+    opened = Library.open(library)
+    if restore is not None:
+        count = opened.restore(restore)
+        if json:
+            out.document("gc", restored=count, removed=[], bytes=0)
+        elif not quiet:
+            out.line(f"Restored  {count} objects")
+        return
+    result = opened.gc(grace=_duration(grace), dry_run=dry_run)
+    removed = [str(digest) for digest in result.removed]
+    if json:
+        out.document("gc", id=result.id, removed=removed, bytes=result.bytes, dry_run=dry_run)
+    elif not quiet:
+        verb = "Would remove" if dry_run else "Removed"
+        out.line(f"{verb}  {len(removed)} objects, {out.size(result.bytes)}")
+        if removed and not dry_run:
+            out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
+
+
+def _duration(text: str) -> timedelta:
+    from adaptlib.errors import UsageError
+
+    match = re.fullmatch(r"(\d+)([mhd]?)", text.strip())
+    if not match or (not match[2] and int(match[1])):
+        raise UsageError(f"--grace wants 90m, 24h, 7d or 0; got {text!r}")
+    unit = {"m": "minutes", "h": "hours", "d": "days", "": "days"}[match[2]]
+    return timedelta(**{unit: int(match[1])})

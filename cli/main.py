@@ -1,0 +1,185 @@
+"""The entry point: commands by name, errors as sentences and exit codes.
+
+0 ok   1 failed   2 usage   3 not found   4 corrupt   5 conflict or locked   6 remote
+7 refused as unsafe or unsupported   130 interrupted
+"""
+
+import os
+import sys
+import warnings
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from . import (
+    add,
+    cluster,
+    diff,
+    doctor,
+    export,
+    gc,
+    init,
+    listing,
+    log,
+    mv,
+    rm,
+    route,
+    show,
+    tag,
+    verify,
+)
+
+app = typer.Typer(
+    name="adaptlib",
+    help="Keep, group and route the adapters of a language model.",
+    epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Keep, group and route the adapters of a language model."""
+    if version:
+        print(f"adaptlib {installed_version('adaptlib')}")
+    elif context.invoked_subcommand is None:
+        sys.stderr.write(context.get_help() + "\n")
+        raise typer.Exit(2)
+
+
+COMMANDS = {
+    "init": init.init,
+    "add": add.add,
+    "list": listing.list_experts,
+    "show": show.show,
+    "rm": rm.rm,
+    "mv": mv.mv,
+    "tag": tag.tag,
+    "log": log.log,
+    "diff": diff.diff,
+    "export": export.export,
+    "verify": verify.verify,
+    "gc": gc.gc,
+    "cluster": cluster.cluster,
+    "route": route.route,
+    "doctor": doctor.doctor,
+}
+ALIASES = {"ls": "list", "remove": "rm"}
+
+for _name, _command in COMMANDS.items():
+    _examples = "\n".join(f"  {line}" for line in sys.modules[_command.__module__].EXAMPLES)
+    app.command(_name, epilog=f"\b\nExamples:\n{_examples}")(_command)
+for _alias, _name in ALIASES.items():
+    app.command(_alias, hidden=True)(COMMANDS[_name])
+
+
+def run() -> None:
+    """Run the command line; the process ends here."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        result = typer.main.get_command(app).main(
+            args=arguments, prog_name="adaptlib", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except typer.TyperException as error:
+        return _usage(error, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("Interrupted\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # the one place that turns errors into words
+        if os.environ.get("ADAPTLIB_DEBUG"):
+            raise
+        return _failure(error, arguments)
+
+
+def _usage(error: typer.TyperException, arguments: list[str]) -> int:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "adaptlib"
+    _say(2, message.rstrip("."), f"{path} --help", arguments)
+    return 2
+
+
+def _failure(error: Exception, arguments: list[str]) -> int:
+    from adaptlib.errors import AdaptlibError
+    from library_store import (
+        AmbiguousDigest,
+        InvalidName,
+        ObjectCorrupt,
+        ObjectNotFound,
+        RefConflict,
+        RefNotFound,
+        StoreError,
+        StoreExists,
+        StoreLocked,
+    )
+
+    hint = getattr(error, "hint", None)
+    if isinstance(error, AdaptlibError):
+        code = error.exit_code
+    elif isinstance(error, StoreError):
+        by_type = {
+            AmbiguousDigest: 2,
+            InvalidName: 2,
+            ObjectNotFound: 4,  # a ref or manifest names it, so the library is damaged
+            RefNotFound: 3,
+            ObjectCorrupt: 4,
+            RefConflict: 5,
+            StoreExists: 5,
+            StoreLocked: 5,
+        }
+        code = by_type.get(type(error), 1)
+        if code == 4:
+            hint = hint or "see what is damaged: adaptlib verify"
+    elif isinstance(error, OSError):
+        code, hint = 1, hint or "the library is as it was; adaptlib doctor looks at disk and rights"
+    else:
+        code, hint = 1, "this is a bug in adaptlib; ADAPTLIB_DEBUG=1 shows where"
+    _say(code, str(error) or type(error).__name__, hint, arguments)
+    return code
+
+
+def _say(code: int, message: str, hint: str | None, arguments: list[str]) -> None:
+    if "--json" in arguments:
+        import msgspec
+
+        body = {"code": code, "message": message, "hint": hint}
+        text = msgspec.json.encode({"schema": "adaptlib.error/1", "error": body}).decode()
+    else:
+        text = f"Error: {message}" + (f"\n  Next: {hint}" if hint else "")
+    sys.stderr.write(text + "\n")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """adaptlib's own warnings as a sentence; other libraries' only for those who debug."""
+    from adaptlib.errors import BaseWarning
+
+    if issubclass(category, BaseWarning):
+        sys.stderr.write(f"Warning: {message}\n")
+    elif os.environ.get("ADAPTLIB_DEBUG"):
+        sys.stderr.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")

@@ -1,0 +1,86 @@
+"""What commands print: data on stdout, words about it on stderr."""
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+
+def document(command: str, **fields: Any) -> None:
+    """One JSON document with its schema's name, such as `adaptlib.list/1`."""
+    body = {"schema": f"adaptlib.{command}/1", **fields}
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(body), indent=2).decode() + "\n")
+
+
+def console() -> Any:
+    """Rich's console for stdout. 80 columns where nobody says."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _columns())
+
+
+def _columns() -> int:
+    return int(os.environ.get("COLUMNS", "0") or 0) or 80
+
+
+def line(text: str = "") -> None:
+    """A line of plain output."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """A sentence for the reader, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:
+    """A table without lines. A column is (heading, "left", "right" or "fold"): columns marked
+    `fold` give way when the terminal is narrow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading, how in columns:
+        grid.add_column(
+            heading,
+            justify="right" if how == "right" else "left",
+            no_wrap=how != "fold",
+            overflow="fold" if how == "fold" else "ellipsis",
+        )
+    for row in rows:
+        grid.add_row(*[Text(cell) for cell in row])
+    console().print(grid)
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.4 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return ""
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of `width` cells for a share of 1; in ASCII where the terminal has no blocks."""
+    if not unicode():
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+
+
+def unicode() -> bool:
+    """Whether stdout takes block characters."""
+    try:
+        "█▏─".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def short(digest: str) -> str:
+    """`sha256:` and the first 12 digits."""
+    return digest[:19]

@@ -1,0 +1,232 @@
+"""adaptlib route: which experts answer this input, and why."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import out
+from .options import JsonOption, LibraryOption, QuietOption, words
+
+if TYPE_CHECKING:
+    from adaptlib.experts import Expert
+
+EXAMPLES = (
+    'adaptlib route --prompt "When does my card expire?"',
+    'echo "2 + 2" | adaptlib route --prompt - --explain',
+    'adaptlib route --prompt "2 + 2" --router named:sums --generate',
+)
+
+
+def route(
+    prompt: Annotated[str, typer.Option(help="The input; - reads it from stdin.")],
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="Put the prompt into the form experts are trained on, with this task."),
+    ] = None,
+    router: Annotated[
+        str, typer.Option(help="arrow, uniform, or named:EXPERT for one alone.")
+    ] = "arrow",
+    top_k: Annotated[int, typer.Option(help="Experts a token, at each module.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen.")] = 1.0,
+    mix: Annotated[
+        str, typer.Option(help="outputs (sum of updates) or factors (the paper's code).")
+    ] = "outputs",
+    experts: Annotated[
+        list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where it is not where the cards say.")
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Answer, token by token.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this long an answer.")] = 64,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the choice by token and by layer.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the choice: .svg or .png.")] = None,
+    library: LibraryOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Choose experts for an input, per token and module, without training (Arrow)."""
+    from adaptlib.errors import NotFoundError, UsageError
+    from adaptlib.experts import Library
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty", hint='adaptlib route --prompt "some text"')
+    if top_k < 1 or max_new_tokens < 1:
+        raise UsageError(
+            f"--top-k and --max-new-tokens are 1 or more; got {top_k}, {max_new_tokens}"
+        )
+    if mix not in ("outputs", "factors"):
+        raise UsageError(f"--mix is outputs or factors; got {mix!r}")
+    opened = Library.open(library)
+    names = words(experts) or list(opened)
+    if not names:
+        raise NotFoundError(
+            "the library is empty, so there is nothing to route to",
+            hint="adaptlib add SOURCE, or adaptlib init --demo",
+        )
+    loaded = {name: opened[name] for name in names}
+    fitted = _fit(router, loaded, top_k=top_k, temperature=temperature, mix=mix)
+    effective = min(top_k, len(loaded)) if fitted.name == "arrow" else len(fitted.used)
+    if fitted.name == "arrow" and effective < top_k:
+        out.note(f"Note: --top-k {top_k} is more than there are; all {effective} experts are mixed")
+
+    from adaptlib.experts import base as bases
+    from adaptlib.routing import attach
+
+    base, tokenizer = bases.load(model or _base(loaded), revision=None)
+    if instruction is not None:
+        from adaptlib.training import prompt as asked
+
+        text = asked(instruction, text)
+    ids = _encode(tokenizer, text, base)
+    with attach(base, loaded, fitted) as routed:
+        with routed.record() as trace:
+            routed(**ids)
+        shares = trace.shares()
+        if not json:
+            _print_shares(shares, fitted.name, effective, quiet=quiet)
+        details = _details(trace, tokenizer, ids) if explain or plot else None
+        if explain and not json and details:
+            from .explain import print_explanation
+
+            print_explanation(details)
+        if plot is not None and details:
+            from adaptlib.routing.plot import plot_routing
+
+            plot_routing(plot, details["tokens"], details["layers"])
+            out.note(f"Drew {plot}")
+        answer = None
+        if generate:
+            answer = _generate(routed, tokenizer, ids, max_new_tokens, stream=not json)
+    if json:
+        fields: dict[str, Any] = {
+            "router": fitted.name,
+            "top_k": effective,
+            "mix": fitted.mix,
+            "experts": [{"name": name, "weight": weight} for name, weight in shares.items()],
+        }
+        if answer is not None:
+            fields["text"] = answer
+        if explain and details:
+            fields |= {"layers": details["layers"], "tokens": details["tokens"]}
+        out.document("route", **fields)
+
+
+def _fit(
+    router: str, experts: "dict[str, Expert]", *, top_k: int, temperature: float, mix: Any
+) -> Any:
+    from adaptlib.errors import UsageError
+    from adaptlib.routing import ROUTERS, Arrow, Named
+
+    name, _, which = router.partition(":")
+    if name not in ROUTERS:
+        raise UsageError(f"no router {name!r}; there are: {', '.join(ROUTERS)}")
+    if (ROUTERS[name] is Named) != bool(which):
+        raise UsageError(
+            f"--router {router}: named takes the expert's name, others take none",
+            hint=f"--router named:{next(iter(experts))}",
+        )
+    if ROUTERS[name] is Named:
+        return Named.fit(experts, expert=which, mix=mix)
+    if ROUTERS[name] is Arrow:
+        return Arrow.fit(experts, top_k=top_k, temperature=temperature, mix=mix)
+    return ROUTERS[name].fit(experts, mix=mix)
+
+
+def _base(experts: "dict[str, Expert]") -> str:
+    from adaptlib.errors import UsageError
+
+    bases: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        bases.setdefault(expert.base, []).append(name)
+    if len(bases) > 1:
+        parts = [f"{base} ({len(names)}: {names[0]}, ...)" for base, names in bases.items()]
+        raise UsageError(
+            f"these experts are for {len(bases)} base models: {'; '.join(parts)}",
+            hint="choose those of one base model: --experts a,b,c",
+        )
+    return next(iter(bases))
+
+
+def _encode(tokenizer: Any, text: str, base: Any) -> Any:
+    from adaptlib.errors import UsageError
+
+    ids = tokenizer(text, return_tensors="pt").to(base.device)
+    ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
+    length = ids["input_ids"].shape[1]
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context and length >= context:
+        raise UsageError(
+            f"the prompt has {length} tokens; {base.config.model_type} takes {context - 1} and one "
+            "to answer",
+            hint="shorten it",
+        )
+    return ids
+
+
+def _print_shares(shares: dict[str, float], router: str, top_k: int, *, quiet: bool) -> None:
+    if quiet:
+        for name in shares:
+            out.line(name)
+        return
+    shown = dict(list(shares.items())[:10])
+    width = max(len(name) for name in shown)
+    top = max(shown.values())
+    out.line(f"{router}, top {top_k}: each expert's share of the routing weight")
+    for name, weight in shown.items():
+        bar = out.bar(weight / top if top else 0.0, 80 - width - 12)
+        out.line(f"  {name:<{width}}  {weight:6.1%}  {bar}")
+    if rest := len(shares) - len(shown):
+        left = sum(list(shares.values())[10:])
+        out.line(f"  {f'{rest} others':<{width}}  {left:6.1%}")
+
+
+def _details(trace: Any, tokenizer: Any, ids: Any) -> dict[str, Any]:
+    """By token and by layer, who was chosen, as plain data."""
+    pieces = [tokenizer.decode([i]) for i in ids["input_ids"][0].tolist()]
+    by_token, by_layer = trace.tokens(), trace.layers()
+    names = list(trace.experts)
+    tokens = []
+    for piece, weights in zip(pieces, by_token.tolist(), strict=True):
+        best = max(range(len(names)), key=weights.__getitem__)
+        tokens.append({"token": piece, "expert": names[best], "weight": weights[best]})
+    layers = [
+        {
+            "layer": layer,
+            "experts": sorted(
+                (
+                    {"name": name, "weight": weight}
+                    for name, weight in zip(names, weights, strict=True)
+                    if weight > 0
+                ),
+                key=lambda entry: -entry["weight"],
+            ),
+        }
+        for layer, weights in by_layer.items()
+    ]
+    return {"tokens": tokens, "layers": layers}
+
+
+def _generate(routed: Any, tokenizer: Any, ids: Any, limit: int, *, stream: bool) -> str:
+    from transformers import TextStreamer
+
+    length = ids["input_ids"].shape[1]
+    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(limit, context - length) if context else limit
+    if stream:
+        out.line()
+        sys.stdout.flush()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = routed.generate(
+        **ids,
+        max_new_tokens=limit,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        streamer=streamer if stream else None,
+    )
+    return tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()

@@ -1,0 +1,85 @@
+"""adaptlib show: one expert whole."""
+
+import json as json_module
+import re
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from . import out
+from .options import JsonOption, LibraryOption, QuietOption
+
+EXAMPLES = ("adaptlib show sql", "adaptlib show sql --json")
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A name, name:tag or digest.")],
+    library: LibraryOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show an expert: its card, base model and modules."""
+    from adaptlib.experts.library import Library
+
+    opened = Library.open(library)
+    digest, manifest = opened.digest(name), opened.manifest(name)
+    names = [ref for ref, held in opened.tags().items() if held == digest]
+    if json:
+        fields = msgspec.to_builtins(manifest)
+        out.document("show", name=name, names=names, digest=digest, manifest=fields)
+        return
+    if quiet:
+        out.line(digest)
+        return
+    card = dict(manifest.card)
+    pin = card.pop("base", {})
+    out.line(f"{', '.join(names) or name}")
+    out.line(f"  digest   {digest}")
+    rank = f", rank {manifest.rank}" if manifest.rank else ""
+    out.line(
+        f"  kind     {manifest.kind}{rank}, {manifest.params:,} parameters, "
+        f"{out.size(manifest.blob.size)}"
+    )
+    pinned = out.short(pin["digest"]) if pin.get("digest") else "not checked yet"
+    revision = f" @ {pin['revision'][:12]}" if pin.get("revision") else ""
+    out.line(f"  base     {manifest.base}{revision} ({pinned})")
+    for key, value in card.items():
+        for text in _lines(key, value):
+            out.line("  " + text)
+    out.line()
+    out.table(
+        [
+            ("MODULES", "fold"),
+            ("COUNT", "right"),
+            ("SHAPE", "left"),
+            ("RANK", "right"),
+            ("SCALE", "right"),
+        ],
+        _groups(manifest.modules),
+    )
+
+
+def _lines(key: str, value: Any) -> list[str]:
+    """A card's field as a line or, for a small table of values, a few."""
+    if key == "peft":
+        return ["peft     imported from a PEFT adapter; its config is kept (--json shows it)"]
+    if isinstance(value, dict):
+        parts = [f"{k} {v}" for k, v in value.items() if not isinstance(v, dict | list)]
+        return [f"{key:<8} " + ", ".join(parts)] if parts else []
+    text = value if isinstance(value, str) else json_module.dumps(value)
+    return [f"{key:<8} {text}"] if value is not None else []
+
+
+def _groups(modules: dict[str, Any]) -> list[list[str]]:
+    """Modules that differ in the layer's number only, as one row."""
+    groups: dict[tuple[str, ...], int] = {}
+    for name, module in modules.items():
+        what = (
+            re.sub(r"\.\d+\.", ".*.", name),
+            f"{module.shape[0]} x {module.shape[1]}",
+            str(module.rank or (f"{module.block}x{module.block}" if module.block != 1 else "")),
+            f"{module.scale:g}" if module.scale is not None else "",
+        )
+        groups[what] = groups.get(what, 0) + 1
+    return [[what[0], str(count), *what[1:]] for what, count in groups.items()]
