@@ -1,0 +1,161 @@
+"""One row of numbers for each expert: its LoRA factors, or sketches of its deltas."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import final
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptlib.errors import BaseMismatchError, RefusedError, UsageError
+from adaptlib.experts.expert import Expert
+from adaptlib.experts.lora import LoRADelta
+
+# kind -> its name in a table
+KINDS = {"factors": "LoRA factors", "sketches": "delta sketches"}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Features:
+    """One row for each expert, which kind of row it is, and why that kind."""
+
+    names: tuple[str, ...]
+    matrix: Float[np.ndarray, "expert feature"]
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]} ({self.why})"
+
+
+def features(
+    experts: Mapping[str, Expert], kind: str = "auto", *, seed: int = 0, size: int = 16
+) -> Features:
+    """Rows to compare these experts by: their factors where that is possible, else sketches.
+
+    `kind` is `auto`, `factors` (MBC as published: LoRA of the same modules and ranks only) or
+    `sketches` (any experts of one base model). `seed` and `size` are those of the sketches.
+    Raises UsageError for an unknown kind, for no experts, and for factors that do not line up.
+    """
+    if kind != "auto" and kind not in KINDS:
+        raise UsageError(f"features are auto, {' or '.join(KINDS)}; got {kind!r}")
+    experts = _checked(experts)
+    obstacle = _obstacle(experts)
+    why = "asked for" if kind != "auto" else obstacle or "same modules and ranks"
+    if kind == "factors" or (kind == "auto" and obstacle is None):
+        matrix, names = factor_features(experts)
+        return Features(tuple(names), matrix, "factors", why)
+    matrix, names = sketch_features(experts, seed=seed, size=size)
+    return Features(tuple(names), matrix, "sketches", why)
+
+
+def factor_features(
+    experts: Mapping[str, Expert],
+) -> tuple[Float[np.ndarray, "expert feature"], list[str]]:
+    """θ_i, all entries of A and B of expert i in one row, and the names of the rows.
+
+    Rows are sorted by name; within a row modules are sorted, A before B; float32. `scale` is not
+    in it. Factors are not unique: A -> R A, B -> B R⁻¹ is the same expert and another row, so rows
+    are comparable only for experts trained from the same initial A. Raises UsageError unless all
+    experts are LoRA with the same modules and ranks. Model-based clustering of Ostapenko et
+    al. 2024 (arXiv:2405.11157).
+    """
+    experts = _checked(experts)
+    obstacle = _obstacle(experts)
+    if obstacle is not None:
+        raise UsageError(
+            f"factors are compared entry by entry and these do not line up: {obstacle}",
+            hint="compare sketches: features='sketches', or leave it at 'auto'",
+        )
+    first = next(iter(experts.values()))
+    matrix = np.empty((len(experts), first.params), dtype=np.float32)
+    for row, (name, expert) in zip(matrix, experts.items(), strict=True):
+        at = 0
+        for module, factor in _factors(expert):
+            row[at : at + factor.numel()] = _numbers(name, module, factor)
+            at += factor.numel()
+    return matrix, list(experts)
+
+
+def sketch_features(
+    experts: Mapping[str, Expert], *, seed: int = 0, size: int = 16
+) -> tuple[Float[np.ndarray, "expert feature"], list[str]]:
+    """A small random projection of each ΔW, side by side in one row, and the names of the rows.
+
+    size² numbers for each module that any expert has, zeros where an expert lacks it; sorted as
+    `factor_features`. The inner product of two rows has the mean Σ_module <ΔW, ΔW'>, whatever the
+    kinds and ranks and however a LoRA is factored. Each module has its own seed, so that the errors
+    of the modules are independent and average out.
+    """
+    experts = _checked(experts)
+    if size < 1:
+        raise UsageError(f"a sketch has a size of 1 or more; got {size}")
+    modules = sorted({module for expert in experts.values() for module in expert.deltas})
+    matrix = np.zeros((len(experts), len(modules) * size * size), dtype=np.float32)
+    # Modules outside, experts inside: the projections of a module are made once.
+    for j, module in enumerate(modules):
+        columns = slice(j * size * size, (j + 1) * size * size)
+        module_seed = int.from_bytes(sha256(f"{seed}/{module}".encode()).digest()[:4], "big")
+        for row, (name, expert) in zip(matrix, experts.items(), strict=True):
+            if module in expert.deltas:
+                sketch = expert.deltas[module].sketch(seed=module_seed, size=size)
+                row[columns] = _numbers(name, module, sketch)
+    return matrix, list(experts)
+
+
+def _checked(experts: Mapping[str, Expert]) -> dict[str, Expert]:
+    """The experts sorted by name, each read once; an error unless they share one base model."""
+    if not experts:
+        raise UsageError("there are no experts to group", hint="adaptlib add SOURCE")
+    found = {name: experts[name] for name in sorted(experts)}
+    first_of_base: dict[str, str] = {}
+    first_of_module: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, expert in found.items():
+        first_of_base.setdefault(expert.base, name)
+        for module, shape in expert.shapes.items():
+            other, wanted = first_of_module.setdefault(module, (name, shape))
+            if shape != wanted and len(first_of_base) == 1:
+                raise BaseMismatchError(
+                    f"experts {other!r} and {name!r} name one base model, {expert.base!r}, and "
+                    f"disagree on {module!r}: {wanted} and {shape}"
+                )
+    if len(first_of_base) > 1:
+        listed = ", ".join(f"{base!r} ({name!r})" for base, name in first_of_base.items())
+        raise BaseMismatchError(
+            f"experts of {len(first_of_base)} base models cannot be compared: {listed}",
+            hint="group the experts of one base model at a time",
+        )
+    return found
+
+
+def _obstacle(experts: dict[str, Expert]) -> str | None:
+    """Why the factors of these experts do not line up entry by entry; None where they do."""
+    kinds = {expert.kind for expert in experts.values()}
+    if kinds == {"sparse"}:
+        return "experts are sparse"
+    if len(kinds) > 1:
+        return "LoRA and sparse experts"
+    if len({tuple(expert.deltas) for expert in experts.values()}) > 1:
+        return "modules differ"
+    ranks = {tuple(tuple(f.shape) for _, f in _factors(expert)) for expert in experts.values()}
+    return "ranks differ" if len(ranks) > 1 else None
+
+
+def _factors(expert: Expert) -> Iterator[tuple[str, Tensor]]:
+    for module, delta in expert.deltas.items():
+        assert isinstance(delta, LoRADelta)
+        yield module, delta.a
+        yield module, delta.b
+
+
+def _numbers(name: str, module: str, tensor: Tensor) -> Float[np.ndarray, " feature"]:
+    numbers = tensor.detach().float().cpu().numpy().reshape(-1)
+    if not np.isfinite(numbers).all():
+        raise RefusedError(
+            f"expert {name!r} holds NaN or infinity in {module!r}, so it is like no other",
+            hint="leave it out, or train it again",
+        )
+    return numbers
