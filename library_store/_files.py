@@ -26,14 +26,7 @@ from typing import Final, Literal
 Kind = Literal["file", "directory", "other"]
 
 _CHUNK: Final = 1 << 20
-_NO_HARD_LINKS: Final = {
-    errno.EPERM,
-    errno.EACCES,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EMLINK,
-}
+_NO_HARD_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_DIRECTORY_SYNC: Final = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
 
@@ -79,7 +72,9 @@ def read(path: Path, *, limit: int | None = None) -> bytes:
     with _opened(path) as (fd, size):
         if limit is not None and size > limit:
             raise ValueError(f"{size} bytes, wanted {limit} at most")
-        return b"".join(_chunks(fd))
+        # Asking for all of it at once makes one copy of a big file and not two.
+        pieces = iter(lambda: os.read(fd, max(size, _CHUNK)), b"")
+        return b"".join(pieces)
 
 
 def sha256(path: Path) -> str:
@@ -135,6 +130,9 @@ def create_exclusive(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         _write_all(fd, data)
+    except BaseException:
+        remove(path)
+        raise
     finally:
         os.close(fd)
 
@@ -150,7 +148,7 @@ def append_synced(path: Path, line: bytes) -> None:
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
+            raise _not_regular(path)
         end = _end_of_last_line(fd, found.st_size)
         if end != found.st_size:
             os.ftruncate(fd, end)
@@ -266,20 +264,19 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO}:
-            raise NotRegularError(errno.EINVAL, "not a regular file", str(path)) from error
+            raise _not_regular(path) from error
         raise
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
+            raise _not_regular(path)
         yield fd, found.st_size
     finally:
         os.close(fd)
 
 
-def _chunks(fd: int) -> Iterator[bytes]:
-    while chunk := os.read(fd, _CHUNK):
-        yield chunk
+def _not_regular(path: Path) -> NotRegularError:
+    return NotRegularError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _hash(fd: int) -> str:
@@ -315,8 +312,6 @@ def _end_of_last_line(fd: int, size: int) -> int:
 
 
 def _kind_of_entry(entry: os.DirEntry[str]) -> Kind:
-    if entry.is_symlink():
-        return "other"
     if entry.is_dir(follow_symlinks=False):
         return "directory"
     return "file" if entry.is_file(follow_symlinks=False) else "other"

@@ -54,9 +54,17 @@ def held(path: Path, *, wait: float = WAIT) -> Iterator[Lock]:
     try:
         yield lock
     finally:
-        with suppress(StoreLocked):  # taken over: it is not ours to remove
-            lock.confirm()
-            _files.remove(path)
+        _release(lock)
+
+
+def _release(lock: Lock) -> None:
+    try:
+        lock.confirm()
+    except StoreLocked:
+        return  # taken over: it is not ours to remove
+    except OSError:
+        pass  # no descriptor left to look with. Ours, most likely; left, it would block everybody
+    _files.remove(lock.path)
 
 
 def _acquire(lock: Lock, machine: str, *, deadline: float) -> None:

@@ -82,11 +82,13 @@ class RefFiles:
         return dict(sorted(found.items())), problems
 
     def append(self, entry: LogEntry) -> None:
-        """Write one move to its log; durable on return."""
+        """Write one move to its log; durable on return. The line is the last that can fail."""
         path = self._log_path(entry.ref.name)
         _files.make_directories(path.parent, base=self.root / "log")
-        _files.append_synced(path, encode_entry(entry))
+        if _files.status(path) is None:
+            _files.append_synced(path, b"")  # so that there is a name to sync
         _files.fsync_up(path.parent, base=self.root / "log")
+        _files.append_synced(path, encode_entry(entry))
 
     def log(self, name: str) -> list[LogEntry]:
         """Every move of `name`, oldest first. Raises RefCorrupt."""

@@ -136,14 +136,15 @@ class LocalStore(Store):
             if new == old:
                 return
             lock.confirm()
-            self._refs.write(ref, new)
             try:
+                self._refs.write(ref, new)
                 # Once more, after the move: a sweep may have begun under a lock that lies. Either
                 # it sees the ref and puts the object back, or we see that the object is gone.
                 self._need(ref, new)
                 self._refs.append(LogEntry(ref, timestamp(), old, new, reason))
             except BaseException:
-                self._refs.write(ref, old)
+                if self._refs.read(ref) != old:
+                    self._refs.write(ref, old)
                 raise
 
     def log(self, name: str) -> list[LogEntry]:

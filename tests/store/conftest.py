@@ -1,5 +1,6 @@
 """Stores to test, and the only kind of manifest these tests know."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,6 +8,15 @@ from pathlib import Path
 import pytest
 
 from library_store import Digest, LocalStore, MemoryStore, Store
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync takes no time. No test can see the difference: the page cache outlives a process.
+
+    That syncs happen, and in which order, test_local.py sees by counting the calls.
+    """
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture(params=["memory", "local"])

@@ -66,9 +66,17 @@ def test_restore_puts_back(store, children, later):
     assert junk <= set(store.objects())
     with pytest.raises(ObjectNotFound):
         store.restore(result.id)
-    # Young again: a collection of today leaves them alone.
-    assert store.gc(children).removed == ()
     assert store.verify(children).ok
+
+
+def test_what_was_restored_is_as_young_as_if_just_put(local, children):
+    local.move(SQL, local.put(b"kept"), expect=None)
+    junk = local.put(b"junk")
+    age(local, junk, 100_000)
+    result = local.gc(children)
+    assert result.removed == (junk,)
+    local.restore(result.id)
+    assert local.gc(children).removed == ()
 
 
 @pytest.mark.parametrize("gc_id", ["", "..", "../objects", "20260101T000000Z-00000000", "x/y"])
