@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from adaptlib.errors import NotFoundError, UsageError
 
-# Okabe and Ito's colours, told apart by every kind of colour vision.
+# Six colours of Okabe and Ito, which every kind of colour vision tells apart, and two darker ones.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3f95", "#4d4d4d")
 INK, GROUND, FAINT = "#222222", "#fbfbfb", "#666666"
 DPI = 130
@@ -26,7 +26,7 @@ def save_figure(draw: Callable[[], Figure], path: str | Path) -> Path:
     if suffix not in (".svg", ".png"):
         raise UsageError(
             f"a figure is an .svg or a .png file; got {str(path)!r}",
-            hint=f"write to {path.with_suffix('.svg').name}",
+            hint=f"write to {(path.stem or 'figure') + '.svg'}",
         )
     if not path.parent.is_dir():
         raise NotFoundError(f"the directory {str(path.parent)!r} of the figure is not there")

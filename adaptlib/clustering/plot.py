@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -13,17 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from adaptlib.clustering.mbc import Clustering
-from adaptlib.errors import NotFoundError, UsageError
+from adaptlib.figures import COLOURS, DPI, GROUND, INK, save_figure
 
 SIZE = (10.0, 7.0)  # inches
-DPI = 130
 LONGEST = 32  # characters of a name
-# Six of Okabe and Ito's colours, which every kind of colour vision tells apart, and two darker
-# ones; markers tell apart what shares a colour.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3f95", "#4d4d4d")
-# marker -> its size in points, so that all look equally large
+# marker -> its size in points, so that all look equally large; they part what shares a colour
 MARKERS = {"o": 7, "s": 6.5, "^": 8, "D": 6, "v": 8, "P": 8.5, "X": 8, "p": 8}
-INK, GROUND = "#222222", "#fbfbfb"
 GAP = 4  # pixels between names
 LEGEND_ROWS = 26
 ANGLES = np.deg2rad([0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 68, 112, 292, 248])
@@ -38,24 +31,7 @@ def plot_map(clustering: Clustering, path: str | Path) -> Path:
     room is left out, and the number of those is written below. Raises UsageError unless `path` ends
     in .svg or .png, and NotFoundError where its directory is not there.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise UsageError(
-            f"a map is an .svg or a .png file; got {str(path)!r}",
-            hint=f"write to {(path.stem or 'map') + '.svg'}",
-        )
-    if not path.parent.is_dir():
-        raise NotFoundError(f"the directory {str(path.parent)!r} of the map is not there")
-    # What a user's matplotlibrc changes, a date or a version would make equal maps differ.
-    metadata: dict[str, Any] = (
-        {"Date": None, "Creator": "adaptlib"} if suffix == ".svg" else {"Software": None}
-    )
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rc("svg", hashsalt="adaptlib", fonttype="none")
-        _draw(clustering).savefig(path, format=suffix[1:], dpi=DPI, metadata=metadata)
-    return path
+    return save_figure(lambda: _draw(clustering), path)
 
 
 def plane(

@@ -3,9 +3,11 @@
 import difflib
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adaptlib.errors import (
     BaseMismatchError,
     BaseWarning,
+    CorruptError,
     NotFoundError,
     RefusedError,
     RemoteError,
@@ -73,21 +76,24 @@ class BaseModel:
 
 
 def base_id(name_or_path: str) -> str:
-    """The id by which a model is named: the bundled model's id instead of its path."""
-    path = Path(name_or_path)
-    if path.is_dir() and path.resolve() == (BUNDLE / "base").resolve():
+    """The id by which a model is named: the bundled model's id instead of its path, and a path
+    that depends on where one is (`./model`, `~/model`) in full."""
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 -- which raises on `~nobody`
+    if not _is(path.is_dir):
+        return name_or_path
+    if path.resolve() == (BUNDLE / "base").resolve():
         return DEMO_BASE
-    return name_or_path
+    return os.path.abspath(path) if name_or_path.startswith((".", "~")) else name_or_path  # noqa: PTH100
 
 
 def locate(name_or_path: str, *, revision: str | None = None) -> Path | None:
     """The local directory of a base model with its config.json, or None. Never goes online."""
     if name_or_path == DEMO_BASE:
         return BUNDLE / "base"
-    path = Path(name_or_path).expanduser()
-    if (path / "config.json").is_file():
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111
+    if _is((path / "config.json").is_file):
         return path
-    if name_or_path.count("/") > 1 or not name_or_path or path.is_absolute():
+    if not name_or_path or _is_path(name_or_path):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -101,32 +107,39 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path | None:
 
 def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseModel:
     """The base model in `directory`, from its config alone: shapes come from a model without
-    weights. With `cache`, a directory, the answer is kept there by the digest of the config."""
-    config_bytes = (directory / "config.json").read_bytes()
-    key = hashlib.sha256(config_bytes).hexdigest()
+    weights. With `cache`, a directory, the answer is kept there by the digest of the config and
+    transformers' version, which decides the names of modules."""
+    try:
+        config_bytes = (directory / "config.json").read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"{directory} holds no base model: no config.json") from None
+    made_by = f"transformers {version('transformers')}\n".encode()
+    key = hashlib.sha256(made_by + config_bytes).hexdigest()
     kept = cache / f"{key}.json" if cache else None
     if kept and kept.is_file():
         try:
             seen = json.loads(kept.read_text())
             modules = {n: (int(o), int(i)) for n, (o, i) in seen["modules"].items()}
             return BaseModel(name, _revision(directory), seen["digest"], MappingProxyType(modules))
-        except (ValueError, KeyError, TypeError):
-            kept.unlink()  # a broken cache is made again
+        except (ValueError, KeyError, TypeError, AttributeError):
+            kept.unlink(missing_ok=True)  # a broken cache is made again
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a config can be wrong in every way
         raise RefusedError(
             f"{directory} is not a causal language model that transformers can build: {error}"
         ) from error
     base = BaseModel.of(model)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
+        partial = kept.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps({"digest": base.digest, "modules": dict(base.modules)}))
         partial.replace(kept)
     return BaseModel(name, _revision(directory), base.digest, base.modules)
@@ -140,23 +153,27 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
     there is no such model, RemoteError where the hub cannot be reached.
     """
     where = locate(name_or_path, revision=revision)
-    if where is None and (name_or_path.count("/") > 1 or Path(name_or_path).is_absolute()):
+    if where is None and (not name_or_path or _is_path(name_or_path)):
         raise NotFoundError(
             f"no base model at {name_or_path}", hint="say where it is: --model DIRECTORY"
         )
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(where) if where is not None else name_or_path
     local = where is not None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, local_files_only=local, trust_remote_code=False
+        )
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype="auto",
             local_files_only=local,
             use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
         )
     except OSError as error:
         if local:
@@ -166,11 +183,30 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
             f"{str(error).splitlines()[0]}",
             hint="say where it is: --model DIRECTORY",
         ) from error
+    except SafetensorError as error:
+        raise CorruptError(f"the weights of the base model at {source}: {error}") from error
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise RefusedError(
+            f"transformers cannot load {name_or_path} as a causal language model: {error}"
+        ) from error
     if torch.cuda.is_available():
         model = model.to("cuda")
     elif model.num_parameters() < 1e9:
         model = model.float()
     return model.eval(), tokenizer
+
+
+def _is_path(name: str) -> bool:
+    """Whether a model's name can only be a path, never an id on the hub."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).is_absolute()
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """`path.is_file()` and the like, where the path comes from outside: too long a name is no."""
+    try:
+        return question()
+    except (OSError, ValueError):
+        return False
 
 
 def _revision(directory: Path) -> str | None:

@@ -7,6 +7,7 @@ Keeping, importing and exporting works on `Packed` and needs no torch.
     sparse    <module>.index (n,) I32 or I64    <module>.values (n,) or (n, 16, 16)
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -119,6 +120,30 @@ class Packed:
         return {name: module.shape for name, module in self.modules.items()}
 
 
+def encode_manifest(source: str, manifest: Manifest) -> bytes:
+    """The bytes of a manifest that `parse_manifest` gives back. RefusedError where the card is not
+    plain JSON data, or is too large."""
+    try:
+        data = manifest.encode()
+        same = msgspec.json.decode(data)["card"] == _json(manifest.card)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise RefusedError(f"{source}: the card cannot be kept as JSON: {error}") from None
+    if not same:
+        raise RefusedError(f"{source}: the card holds values that change in JSON, such as NaN")
+    if len(data) > MAX_MANIFEST:
+        raise RefusedError(
+            f"{source}: its manifest has {len(data):,} bytes; at most {MAX_MANIFEST:,} are kept"
+        )
+    return data
+
+
+def _json(value: Any) -> Any:
+    """Plain data as it comes back from JSON, where a tuple is a list."""
+    if isinstance(value, Mapping):
+        return {key: _json(inner) for key, inner in value.items()}
+    return [_json(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def parse_manifest(source: str, data: bytes | memoryview) -> Manifest:
     """A manifest from its bytes. CorruptError, naming `source`, where it is not one."""
     if len(data) > MAX_MANIFEST:
@@ -145,8 +170,32 @@ def assemble(source: str, manifest: Manifest, blob: memoryview) -> Packed:
     return packed
 
 
+def check_card(source: str, packed: Packed) -> None:
+    """The fields of a card that are used here have their types, and it names the same base."""
+    card = packed.card
+    for key in ("task", "description"):
+        if not isinstance(card.get(key), str | None):
+            raise CorruptError(f"{source}: the card's {key} is {card[key]!r:.80}, want text")
+    pin = {} if card.get("base") is None else card["base"]
+    if not isinstance(pin, Mapping) or any(
+        not isinstance(pin.get(key), str | None) for key in ("id", "revision", "digest")
+    ):
+        raise CorruptError(
+            f"{source}: the card's base is {pin!r:.80}, want id, revision and digest as text"
+        )
+    if not packed.base or pin.get("id") not in (None, packed.base):
+        raise CorruptError(
+            f"{source} is for the base {packed.base!r:.80}; its card says {pin.get('id')!r:.80}"
+        )
+    peft = {} if card.get("peft") is None else card["peft"]
+    notes = peft.get("migrated", []) if isinstance(peft, Mapping) else None
+    if not isinstance(notes, list | tuple) or any(not isinstance(note, str) for note in notes):
+        raise CorruptError(f"{source}: the card's peft is {peft!r:.80}, want an object")
+
+
 def check_structure(source: str, packed: Packed) -> None:
     """Each module has its two tensors, of fitting shapes and dtypes, and nothing is left over."""
+    check_card(source, packed)
     parts = _PARTS[packed.kind]
     wanted = {f"{module}.{part}" for module in packed.modules for part in parts}
     if not packed.modules:
@@ -157,25 +206,33 @@ def check_structure(source: str, packed: Packed) -> None:
     for name, module in packed.modules.items():
         first, second = (packed.tensors[f"{name}.{part}"] for part in parts)
         d_out, d_in = module.shape
+        fits = d_out > 0 and d_in > 0
         if packed.kind == "lora":
-            fits = first.shape == (module.rank, d_in) and second.shape == (d_out, module.rank)
-            fits = fits and module.scale is not None and {first.dtype, second.dtype} <= FLOATS
+            fits = fits and module.rank is not None and module.rank > 0 and module.block is None
+            fits = fits and module.scale is not None
+            fits = fits and first.shape == (module.rank, d_in)
+            fits = fits and second.shape == (d_out, module.rank)
+            fits = fits and {first.dtype, second.dtype} <= FLOATS
         else:
-            block = module.block or 1
+            block = 1 if module.block is None else module.block
+            fits = fits and module.rank is None and module.scale is None
             tail = () if block == 1 else (block, block)
-            fits = len(first.shape) == 1 and second.shape == (*first.shape, *tail)
+            fits = fits and len(first.shape) == 1 and second.shape == (*first.shape, *tail)
             fits = fits and block in (1, 16) and d_out % block == d_in % block == 0
             fits = fits and first.dtype in ("I32", "I64") and second.dtype in FLOATS
         if not fits:
             raise CorruptError(
-                f"{source}: {name} of shape {module.shape}, rank {module.rank}, block "
-                f"{module.block} does not go with tensors {first.dtype} {first.shape} and "
-                f"{second.dtype} {second.shape}"
+                f"{source}: {name} of shape {module.shape}, rank {module.rank}, scale "
+                f"{module.scale}, block {module.block} does not go with tensors {first.dtype} "
+                f"{first.shape} and {second.dtype} {second.shape}"
             )
 
 
 def check_content(source: str, packed: Packed) -> None:
     """No NaN or infinity, and positions of sparse experts inside the matrix and rising."""
+    for name, module in packed.modules.items():
+        if module.scale is not None and not math.isfinite(module.scale):
+            raise RefusedError(f"{source}: the scale of {name} is {module.scale}; want a number")
     for name, tensor in packed.tensors.items():
         if not tensor.finite():
             raise RefusedError(
@@ -269,16 +326,27 @@ def write_directory(packed: Packed, directory: Path) -> None:
     manifest = packed.manifest(str(Digest.of(blob)))
     for name, data in ((BLOB_NAME, blob), (MANIFEST_NAME, manifest.encode())):
         temporary = directory / f".{name}.{os.getpid()}"
-        temporary.write_bytes(data)
-        temporary.replace(directory / name)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_directory(directory: Path) -> Packed:
     """Read an adaptlib directory."""
+    from library_store import Digest
+
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise NotFoundError(f"{directory} has no {MANIFEST_NAME}")
     view = map_file(path)
-    parse_json(str(path), bytes(view[: MAX_MANIFEST + 1]))
+    manifest = parse_manifest(str(path), view)
+    parse_json(str(path), bytes(view))  # which also finds a key that is there twice
     blob = map_file(directory / BLOB_NAME)
-    return assemble(str(directory), parse_manifest(str(path), view), blob)
+    if (found := str(Digest.of(blob))) != manifest.blob.digest:
+        raise CorruptError(
+            f"{directory / BLOB_NAME} is not the file that {MANIFEST_NAME} was written for: its "
+            f"digest is {found}, want {manifest.blob.digest:.80}"
+        )
+    return assemble(str(directory), manifest, blob)

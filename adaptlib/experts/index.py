@@ -6,7 +6,7 @@ made again. Refs are always read from the store.
 
 import sqlite3
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -51,8 +51,8 @@ def read(path: Path, digests: Iterable[str]) -> dict[str, Summary]:
         with closing(_connect(path)) as database:
             rows = database.execute("SELECT digest, summary FROM summary").fetchall()
         return {d: msgspec.json.decode(s, type=Summary) for d, s in rows if d in wanted}
-    except (sqlite3.Error, msgspec.DecodeError):
-        path.unlink(missing_ok=True)
+    except (sqlite3.Error, msgspec.DecodeError, TypeError):
+        _forget(path)
         return {}
 
 
@@ -65,7 +65,12 @@ def write(path: Path, summaries: Mapping[str, Summary]) -> None:
                 [(digest, msgspec.json.encode(s)) for digest, s in summaries.items()],
             )
     except sqlite3.Error:
-        path.unlink(missing_ok=True)
+        _forget(path)
+
+
+def _forget(path: Path) -> None:
+    with suppress(OSError):  # in a library that is for reading only
+        path.unlink()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

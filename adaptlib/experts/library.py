@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,9 @@ import msgspec
 from adaptlib.errors import (
     BaseWarning,
     ConflictError,
+    CorruptError,
     NotFoundError,
+    RefusedError,
     UsageError,
 )
 from adaptlib.experts import base as bases
@@ -26,7 +29,10 @@ from adaptlib.experts.codec import (
     Manifest,
     Packed,
     assemble,
+    check_card,
     check_content,
+    check_structure,
+    encode_manifest,
     parse_manifest,
     unpack,
 )
@@ -37,6 +43,7 @@ from adaptlib.experts.tensors import parse_json
 from library_store import (
     AmbiguousDigest,
     Digest,
+    GcResult,
     InvalidName,
     LocalStore,
     LogEntry,
@@ -52,6 +59,7 @@ from library_store import (
 if TYPE_CHECKING:
     from adaptlib.experts.expert import Expert
 
+_DIGEST = re.compile(r"(sha256:)?[0-9a-f]{7,64}")
 RECORDS = ("clusterings", "routers")  # first parts of names that are kept for what is no expert
 
 
@@ -84,10 +92,17 @@ class Library(Mapping[str, "Expert"]):
         try:
             return cls(LocalStore.open(where), where)
         except NotAStore:
-            if create:
-                return cls(LocalStore.create(where), where)
-            raise NotFoundError(
-                f"no library at {where} ({why})", hint=f"make one: adaptlib init {where}"
+            if not create:
+                raise NotFoundError(
+                    f"no library at {where} ({why})", hint=f"make one: adaptlib init {where}"
+                ) from None
+        try:
+            return cls(LocalStore.create(where), where)
+        except NotAStore as error:
+            raise ConflictError(str(error), hint=error.hint) from None
+        except (FileExistsError, NotADirectoryError):
+            raise ConflictError(
+                f"a library is a directory; {where} is a file, or below one"
             ) from None
 
     # -- reading ------------------------------------------------------------------------------
@@ -133,15 +148,15 @@ class Library(Mapping[str, "Expert"]):
             tagged = [str(digest) for r, digest in refs.items() if r.name == name]
             if tagged:
                 return tagged[-1]
-        if re.fullmatch(r"(sha256:)?[0-9a-f]{7,64}", name):
+        if _DIGEST.fullmatch(name):
             try:
                 digest = self.store.resolve(name)
                 self._manifest(digest)
                 return str(digest)
             except AmbiguousDigest as error:
-                raise UsageError(str(error)) from None
-            except ObjectNotFound:
-                pass
+                raise UsageError(str(error), hint=error.hint) from None
+            except (ObjectNotFound, CorruptError, RefusedError):
+                pass  # nothing starts so, or it is a blob and no expert
         known = list(self.tags())
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise NotFoundError(
@@ -204,21 +219,26 @@ class Library(Mapping[str, "Expert"]):
         said = {"task": task, "description": description}
         card = dict(packed.card) | {key: text for key, text in said.items() if text is not None}
         packed = dataclasses.replace(packed, card=card)
+        check_structure(str(ref), packed)
         check_content(str(ref), packed)
         digest = self._keep(packed, ref, before, replace=replace)
         return Added(str(ref), str(digest), self._manifest(digest), before != digest, tuple(notes))
 
     def _keep(self, packed: Packed, ref: Ref, before: Digest | None, *, replace: bool) -> Digest:
-        blob = self.store.put(packed.blob())
-        manifest = packed.manifest(str(blob))
-        data = manifest.encode()
+        # What can be refused is refused before anything is put, so a taken name costs a hash.
+        hashed = hashlib.sha256()
+        if before is not None and not replace:
+            for piece in packed.blob():
+                hashed.update(piece)
+        data = encode_manifest(str(ref), packed.manifest(f"sha256:{hashed.hexdigest()}"))
         if before is not None and before != Digest.of(data) and not replace:
             raise ConflictError(
                 f"the name {ref} is taken by {before.short}; this expert is "
                 f"{Digest.of(data).short}",
                 hint=f"give another name, a tag ({ref.name}:v2), or --replace",
             )
-        digest = self.store.put(data)
+        manifest = packed.manifest(str(self.store.put(packed.blob())))
+        digest = self.store.put(encode_manifest(str(ref), manifest))
         if digest != before:
             self._move(ref, digest, expect=before, reason="add")
         if self.path:
@@ -227,12 +247,14 @@ class Library(Mapping[str, "Expert"]):
 
     def _pinned(self, packed: Packed, name: str, base: str | None) -> tuple[Packed, list[str]]:
         """The expert with its base pinned in the card, checked where the base is at hand."""
-        pin: dict[str, Any] = dict(packed.card.get("base") or {})
-        pin = {"id": packed.base, "revision": None, "digest": None} | pin
+        check_card(name, packed)
+        said = packed.card.get("base") or {}
+        pin: dict[str, Any] = {"id": packed.base, "revision": None, "digest": None}
+        pin |= {key: value for key, value in said.items() if value is not None}
         notes: list[str] = []
         if base is not None:
             base = bases.base_id(base)
-            if pin["id"] not in (base, None):
+            if pin["id"] != base:
                 notes.append(f"{name}: says it is for {pin['id']}; pinned to {base}, as asked")
             pin = {"id": base, "revision": None, "digest": None}
         where = bases.locate(pin["id"], revision=pin["revision"])
@@ -262,17 +284,27 @@ class Library(Mapping[str, "Expert"]):
     def remove(self, name: str) -> str:
         """Forget a name (`name` with all its tags, or one `name:tag`). The expert itself stays
         until `gc`. Returns the digest it had."""
-        ref = _ref(name)
+        victims = self.removable(name)
+        for victim, digest in victims.items():
+            self._move(victim, None, expect=digest, reason="rm")
+        return str(victims.get(_ref(name)) or next(iter(victims.values())))
+
+    def removable(self, name: str) -> dict[Ref, Digest]:
+        """What `remove` would remove. Raises as it does, and changes nothing."""
         refs = self._expert_refs()
+        if _DIGEST.fullmatch(name) and all(r.name != name for r in refs):
+            self.digest(name)
+            raise UsageError(
+                f"{name} is a digest, not a name; only names are removed",
+                hint=f"its names: adaptlib show {name}",
+            )
+        ref = _ref(name)
         victims = {
             r: d for r, d in refs.items() if r == ref or (r.name == ref.name and ":" not in name)
         }
         if not victims:
             self.digest(name)  # raises, with the nearest names
-            raise NotFoundError(f"{name} is a digest, not a name; only names are removed")
-        for victim, digest in victims.items():
-            self._move(victim, None, expect=digest, reason="rm")
-        return str(victims.get(ref) or next(iter(victims.values())))
+        return victims
 
     def rename(self, old: str, new: str) -> str:
         """Give an expert another name, with all its tags; its digest stays. ConflictError where
@@ -288,8 +320,8 @@ class Library(Mapping[str, "Expert"]):
         pairs = {
             r: (target if ":" in old or ":" in new else Ref(target.name, r.tag)) for r in moved
         }
-        for taken in pairs.values():
-            if taken in refs:
+        for taken in refs:
+            if taken in pairs.values() or (len(pairs) > 1 and taken.name == target.name):
                 raise ConflictError(f"the name {taken} is taken", hint=f"adaptlib rm {taken}")
         for r, digest in moved.items():
             self._move(pairs[r], digest, expect=None, reason=f"mv from {r}")
@@ -313,7 +345,7 @@ class Library(Mapping[str, "Expert"]):
     def save_record(self, kind: str, name: str, document: Mapping[str, Any]) -> str:
         """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
         `experts` maps names to digests, which gc then keeps."""
-        ref = _ref(f"{kind}/{name}", record=True)
+        ref = _record(kind, name)
         digest = self.store.put(msgspec.json.encode(dict(document), order="sorted"))
         before = self.store.refs().get(ref)
         if before != digest:
@@ -322,11 +354,11 @@ class Library(Mapping[str, "Expert"]):
 
     def check_record_name(self, kind: str, name: str) -> None:
         """UsageError where `save_record` could not take this name."""
-        _ref(f"{kind}/{name}", record=True)
+        _record(kind, name)
 
     def load_record(self, kind: str, name: str) -> dict[str, Any]:
         """A document kept by `save_record`."""
-        ref = _ref(f"{kind}/{name}", record=True)
+        ref = _record(kind, name)
         digest = self.store.refs().get(ref)
         if digest is None:
             known = [
@@ -345,10 +377,10 @@ class Library(Mapping[str, "Expert"]):
         report = self.store.verify(children)
         if not deep:
             return report
-        broken = {problem.digest for problem in report.problems}
+        broken = {ref for problem in report.problems for ref in problem.refs}
         problems = list(report.problems)
         for name, digest in self.tags().items():
-            if Digest.parse(digest) in broken:
+            if Ref.parse(name) in broken:
                 continue
             try:
                 check_content(name, self.packed(name))
@@ -366,11 +398,21 @@ class Library(Mapping[str, "Expert"]):
 
     def restore(self, gc_id: str) -> int:
         """Put back what the gc of that id moved to the trash; returns how many objects."""
-        return self.store.restore(gc_id)
+        try:
+            return self.store.restore(gc_id)
+        except ObjectNotFound as error:
+            raise NotFoundError(str(error), hint=error.hint) from None
 
-    def gc(self, *, grace: timedelta = timedelta(days=1), dry_run: bool = False) -> Any:
-        """Move what nothing refers to, and nothing did within `grace`, to the trash."""
-        return self.store.gc(children, grace=grace, dry_run=dry_run)
+    def gc(
+        self,
+        *,
+        grace: timedelta = timedelta(days=1),
+        dry_run: bool = False,
+        allow_empty: bool = False,
+    ) -> GcResult:
+        """Move what no name leads to, and none did within `grace`, to the trash. Without
+        `allow_empty`, a library that has lost all its names is left alone."""
+        return self.store.gc(children, grace=grace, dry_run=dry_run, allow_empty=allow_empty)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -398,6 +440,12 @@ def children(_: Digest, data: bytes) -> Iterator[Digest]:
     elif isinstance(document.get("experts"), dict):
         for digest in document["experts"].values():
             yield Digest.parse(digest)
+
+
+def _record(kind: str, name: str) -> Ref:
+    if kind not in RECORDS:
+        raise UsageError(f"no kind of record {kind!r}; there are: {', '.join(RECORDS)}")
+    return _ref(f"{kind}/{name}", record=True)
 
 
 def _ref(name: str, *, record: bool = False) -> Ref:

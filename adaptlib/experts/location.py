@@ -7,13 +7,17 @@ DIRECTORY = ".adaptlib"
 VARIABLE = "ADAPTLIB_LIBRARY"
 
 
+def _expand(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 -- Path.expanduser raises on `~nobody`
+
+
 def library_path(explicit: str | Path | None = None) -> tuple[Path, str]:
     """The library's directory and why it is that one: the option, `ADAPTLIB_LIBRARY`, the nearest
     `.adaptlib/` from here upwards, or the user's data directory."""
     if explicit is not None:
-        return Path(explicit).expanduser(), "--library"
+        return _expand(explicit), "--library"
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).expanduser(), VARIABLE
+        return _expand(chosen), VARIABLE
     here = Path.cwd()
     for directory in (here, *here.parents):
         if (directory / DIRECTORY / "FORMAT").is_file():

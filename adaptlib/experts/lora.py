@@ -25,9 +25,10 @@ class LoRADelta(Delta):
     kind = "lora"
 
     def __post_init__(self) -> None:
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+        sides = (*self.a.shape, *self.b.shape)
+        if len(sides) != 4 or self.a.ndim != 2 or 0 in sides or sides[0] != sides[3]:
             raise UsageError(
-                f"LoRADelta wants a (rank, d_in) and b (d_out, rank) of one rank; "
+                f"LoRADelta wants a (rank, d_in) and b (d_out, rank) of one rank, 1 or more; "
                 f"got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}"
             )
 
@@ -61,6 +62,10 @@ class LoRADelta(Delta):
         return fix_sign((q @ vectors[:, -1]).float())
 
     def inner(self, other: Delta) -> float:
+        if self.shape != other.shape:
+            raise UsageError(
+                f"inner wants two deltas of one shape; got {self.shape}, {other.shape}"
+            )
         if isinstance(other, LoRADelta):
             a, b = self.a.double(), self.b.double()
             return (

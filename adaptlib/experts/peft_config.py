@@ -1,7 +1,7 @@
 """`adapter_config.json`: what PEFT says about an adapter, parsed as hostile input, and written.
 
-Only the fields named in `LoRAConfig` and `SHiRAConfig` are used. All others are kept as they are and
-nothing is imported, fetched or opened because of them. What an expert cannot hold is refused.
+Only the fields named in `LoRAConfig` and `SHiRAConfig` are used. All others are kept as they are,
+and nothing is imported, fetched or opened because of them. What an expert cannot hold is refused.
 """
 
 import math
@@ -23,7 +23,7 @@ MAX_PATTERN = 512  # characters
 MAX_STEPS = 1_000_000_000  # of backtracking, an upper bound for all patterns on all modules
 MASK = "adaptlib"  # `mask_type` of what we export: values of 0 there are padding
 
-# What ΔW = scale · B A, or a few entries of ΔW, cannot say. Each is a field that is empty otherwise.
+# What ΔW = scale · B A, or a few entries of ΔW, cannot say. Each is a field that is else empty.
 _CANNOT = {
     "use_dora": "DoRA also rescales the base weight, so its update is no ΔW of its own",
     "use_qalora": "QA-LoRA pools the input of lora_A in groups",
@@ -35,12 +35,12 @@ _CANNOT = {
     "kasa_config": "KaSA changes the base weight and keeps a diagonal between its factors",
     "modules_to_save": "whole modules were trained beside the adapter",
     "trainable_token_indices": "rows of the embedding were trained beside the adapter",
-    "target_parameters": "it adapts parameters of mixture-of-experts blocks, whose layout in the file "
-    "depends on the version of PEFT (A and B changed places in 0.19)",
+    "target_parameters": "it adapts parameters of mixture-of-experts blocks, whose layout in the "
+    "file depends on the version of PEFT",
     "layer_replication": "it needs a base model with repeated layers",
     "lora_bias": "lora_B has a bias",
 }
-# Initialisations after which PEFT subtracts from the base weight, at each load again.
+# Initialisations for which PEFT changes the base weight, mostly at each load again.
 _MUTATES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 V = TypeVar("V", int, float)
@@ -61,7 +61,8 @@ class LoRAConfig(msgspec.Struct, frozen=True):
 
 
 class SHiRAConfig(msgspec.Struct, frozen=True):
-    """The fields of PEFT's ShiraConfig that decide ΔW: each module keeps r·(d_in + d_out) entries."""
+    """The fields of PEFT's ShiraConfig that decide ΔW. Each module keeps r·(d_in + d_out)
+    entries."""
 
     r: int
     mask_type: str | None = "random"
@@ -132,9 +133,9 @@ def _check_lora(source: str, config: LoRAConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_MUTATES_BASE):
         raise RefusedError(
-            f"{source} sets init_lora_weights to {init[:40]!r}: PEFT changes the base weights when it "
-            "loads this, so B A is not its update of the base model",
-            hint="save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            f"{source} sets init_lora_weights to {init[:40]!r}: PEFT changes the base weights for "
+            "this, so B A is not its update of the base model",
+            hint="save it again: save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
     for name, rank in (config.rank_pattern or {}).items():
         if rank < 1:
@@ -185,7 +186,7 @@ def _match(
             compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
         except (re.error, OverflowError, RecursionError) as error:
             raise CorruptError(
-                f"{source}: {field} has the key {key[:80]!r}, which is no regular expression: {error}"
+                f"{source}: {field} has the key {key[:80]!r}, no regular expression: {error}"
             ) from None
     found: dict[str, V] = {}
     for module in modules:
@@ -207,7 +208,7 @@ def _steps(pattern: str, modules: Mapping[str, Any]) -> int:
 
 
 def lora_config(
-    modules: Mapping[str, Module], *, base: str, revision: str | None, fan_in_fan_out: bool
+    modules: Mapping[str, Module], base: str, revision: str | None, fan_in_fan_out: bool
 ) -> dict[str, Any]:
     """A LoraConfig for these modules. The commonest rank and alpha are the defaults, the others
     patterns that match one name each."""
@@ -229,7 +230,7 @@ def lora_config(
 
 
 def shira_config(
-    modules: Mapping[str, Module], r: int, *, base: str, revision: str | None
+    modules: Mapping[str, Module], base: str, revision: str | None, r: int
 ) -> dict[str, Any]:
     """A ShiraConfig for these modules. Its mask_type is none of PEFT's, so PEFT draws no random
     mask before it loads the positions."""
@@ -257,9 +258,15 @@ def _common(
     }
 
 
+def inexact(modules: Mapping[str, Module]) -> list[str]:
+    """The modules whose scale is alpha/r for no alpha."""
+    return [name for name, m in modules.items() if m.rank and _alpha(m) / m.rank != m.scale]
+
+
 def _alpha(module: Module) -> float:
-    """The alpha for which alpha / rank is the scale, to the last bit where there is one: for ranks
-    that are no power of two a few scales are no quotient, and the nearest is taken."""
+    """The alpha for which alpha/r is the scale to the last bit, where there is one. Every scale
+    from PEFT has one; for ranks that are no power of two some others have not, and the nearest is
+    taken, which is off by one unit in the last place (1e-16)."""
     rank, scale = module.rank or 1, module.scale or 0.0
     product = scale * rank
     near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))

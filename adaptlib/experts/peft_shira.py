@@ -5,6 +5,7 @@ n = r·(d_in + d_out) for one r of the whole adapter; its loader takes nothing e
 module is not in the file.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -18,14 +19,29 @@ Parts = dict[str, RawTensor]
 ShapeOf = Callable[[str], tuple[int, int] | None]
 
 
-def read_module(
+def read_modules(
+    source: str, parts: Mapping[str, Parts], config: SHiRAConfig, shape_of: ShapeOf
+) -> tuple[dict[str, Module], dict[str, RawTensor], list[str]]:
+    """Modules, tensors and notes on what was changed.
+
+    `shape_of` is asked for (d_out, d_in) only where the file does not prove it: the sum of the
+    sides is n/r, and the last row and column that are used bound each side from below. Raises
+    CorruptError, and RefusedError where nobody knows the shape.
+    """
+    modules: dict[str, Module] = {}
+    tensors: dict[str, RawTensor] = {}
+    changes: Counter[str] = Counter()
+    for name, pair in parts.items():
+        modules[name], index, values, notes = _read_module(source, name, pair, config, shape_of)
+        tensors[f"{name}.index"], tensors[f"{name}.values"] = index, values
+        changes.update(notes)
+    return modules, tensors, [f"{what} ({count} modules)" for what, count in changes.items()]
+
+
+def _read_module(
     source: str, name: str, parts: Parts, config: SHiRAConfig, shape_of: ShapeOf
 ) -> tuple[Module, RawTensor, RawTensor, list[str]]:
-    """A module's entry, its index and values, and notes on what was changed.
-
-    `shape_of` is asked for (d_out, d_in) only where the file does not prove it: the sum of the sides
-    is n/r, and the last row and column that are used bound each side from below.
-    """
+    """A module's entry, its index and values, and notes."""
     weight, indices = parts["shira_weight"], parts["shira_indices"]
     n = weight.shape[0] if len(weight.shape) == 1 else 0
     if n == 0 or indices.shape != (2, n):
@@ -53,8 +69,8 @@ def read_module(
         )
     if sum(shape) != total or shape[0] < least[0] or shape[1] < least[1]:
         raise CorruptError(
-            f"{source}: {name} has the shape {shape} in the base model; its {n} entries are for sides "
-            f"that sum to {total}, of {least} at least"
+            f"{source}: {name} has the shape {shape} in the base model; its {n} entries are for "
+            f"sides that sum to {total}, of {least} at least"
         )
     index, values = rows * shape[1] + columns, weight.numpy()
     if (np.diff(index) <= 0).any():
@@ -70,47 +86,56 @@ def read_module(
 
 
 def write_modules(
-    modules: Mapping[str, Module], tensors: Mapping[str, RawTensor]
+    modules: Mapping[str, Module], tensors: Mapping[str, RawTensor], *, r: int | None = None
 ) -> tuple[int, Iterator[tuple[str, Parts]], list[str]]:
     """The r of an adapter that holds these modules, the two tensors of each, and notes.
 
-    PEFT has one r for all modules, so the others are padded with zeros at unused positions; blocks are
-    written entry by entry. RefusedError where no r fits.
+    PEFT has one r for all modules, so the others are padded with zeros at unused positions; blocks
+    are written entry by entry. `r` is given where the entries are known to fit it. RefusedError
+    where no r fits.
     """
     entries = {name: _entries(name, module, tensors) for name, module in modules.items()}
-    needs: dict[str, int] = {}
-    for name, (index, _, _) in entries.items():
-        side = sum(modules[name].shape)
-        needs[name] = max(1, -(-len(index) // side))
+    size = _common_r(modules, {name: index for name, (index, _, _) in entries.items()}, r)
+
+    def write() -> Iterator[tuple[str, Parts]]:
+        for name, (index, values, dtype) in entries.items():
+            d_out, d_in = modules[name].shape
+            index, values = _pad(index, values, (d_out, d_in), size * (d_out + d_in))
+            places = np.stack([index // d_in, index % d_in]).astype("<i4")
+            yield name, {"shira_weight": _raw(dtype, values), "shira_indices": _raw("I32", places)}
+
+    notes: list[str] = []
+    if any(module.block != 1 for module in modules.values()):
+        notes.append("blocks are written entry by entry: SHiRA has no blocks")
+    kept = sum(len(index) for index, _, _ in entries.values())
+    if padding := size * sum(sum(module.shape) for module in modules.values()) - kept:
+        notes.append(f"{padding:,} zeros added: SHiRA keeps r·(d_in + d_out) entries, r {size}")
+    return size, write(), notes
+
+
+def _common_r(
+    modules: Mapping[str, Module], indices: Mapping[str, np.ndarray], given: int | None
+) -> int:
+    if given is not None:
+        return given
+    needs = {name: max(1, -(-len(i) // sum(modules[name].shape))) for name, i in indices.items()}
     limits = {n: m.shape[0] * m.shape[1] // sum(m.shape) for n, m in modules.items()}
     most, least = max(needs, key=needs.__getitem__), min(limits, key=limits.__getitem__)
     r, top = needs[most], limits[least]
     if r > top:
         raise RefusedError(
             f"PEFT cannot hold this sparse expert: SHiRA keeps r·(d_in + d_out) entries of every "
-            f"module, with one r. {most} {modules[most].shape} keeps {len(entries[most][0]):,} "
-            f"entries and needs r {r}; {least} {modules[least].shape} allows r {top} at most",
+            f"module, with one r. {most} {modules[most].shape} keeps {len(indices[most]):,} and "
+            f"needs r {r}; {least} {modules[least].shape} allows r {top} at most",
             hint="export it as an adaptlib directory: --format adaptlib",
         )
     # Room for one more entry lets the last row and column be in use, which proves the shape when
     # the file is read again without the base model.
-    full = any(
+    tight = any(
         len(index) == r * sum(modules[name].shape) and not _proves(index, modules[name].shape)
-        for name, (index, _, _) in entries.items()
+        for name, index in indices.items()
     )
-    r += full and r < top
-
-    def write() -> Iterator[tuple[str, Parts]]:
-        for name, (index, values, dtype) in entries.items():
-            d_out, d_in = modules[name].shape
-            index, values = _pad(index, values, (d_out, d_in), r * (d_out + d_in))
-            places = np.stack([index // d_in, index % d_in]).astype("<i4")
-            yield name, {"shira_weight": _raw(dtype, values), "shira_indices": _raw("I32", places)}
-
-    kept = sum(len(index) for index, _, _ in entries.values())
-    size = sum(r * sum(module.shape) for module in modules.values())
-    notes = [f"{size - kept:,} zeros added: SHiRA keeps r·(d_in + d_out) entries, r {r}"]
-    return r, write(), notes if size > kept else []
+    return r + (tight and r < top)
 
 
 def _integers(source: str, name: str, indices: RawTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -178,6 +203,6 @@ def _positions(index: np.ndarray, shape: tuple[int, int]) -> RawTensor:
 
 
 def _raw(dtype: str, array: np.ndarray) -> RawTensor:
-    shape = array.shape  # memoryview cannot cast an array without items
-    data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
-    return RawTensor(dtype, shape, data)
+    if not array.size:  # memoryview cannot cast an array without items
+        return RawTensor(dtype, array.shape, memoryview(b""))
+    return RawTensor(dtype, array.shape, np.ascontiguousarray(array).data.cast("B"))

@@ -1,5 +1,6 @@
 """What `add` takes: a directory, a place on the hub, or a value; read into an expert as bytes."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptlib.errors import NotFoundError, RefusedError, UsageError
 from adaptlib.experts.codec import MANIFEST_NAME, Packed, pack, read_directory
+from library_store import InvalidName, Ref
 
 if TYPE_CHECKING:
     from adaptlib.experts.expert import Expert
@@ -20,9 +22,9 @@ def read_source(
 ) -> tuple[Packed, str, list[str]]:
     """The expert, a name for it, and notes."""
     if isinstance(source, Packed):
-        return source, slug(source.card.get("task") or "expert"), []
+        return source, slug(str(source.card.get("task") or "expert")), []
     if not isinstance(source, str | Path):
-        return pack(source), slug(source.card.get("task") or "expert"), []
+        return pack(source), slug(str(source.card.get("task") or "expert")), []
     origin: dict[str, Any] = {}
     if str(source).startswith("hf://"):
         from adaptlib.experts.hub import fetch
@@ -38,7 +40,7 @@ def read_source(
             }
         }
     else:
-        directory = Path(source).expanduser()
+        directory = Path(os.path.expanduser(source))  # noqa: PTH111 -- raises on `~nobody`
         name = directory.resolve().name
     packed = _read_directory(directory, base)
     notes = [str(note) for note in (packed.card.get("peft") or {}).get("migrated", ())]
@@ -73,4 +75,7 @@ def _read_directory(directory: Path, base: str | None) -> Packed:
 def slug(text: str) -> str:
     """A valid name near `text`."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64].rstrip("-._")
-    return name or "expert"
+    try:
+        return Ref(name or "expert").name
+    except InvalidName:  # `a..b`, `x.lock`, a device's name on Windows
+        return "expert-" + name.replace(".", "-")[:50].rstrip("-_")

@@ -1,7 +1,7 @@
 """SparseDelta: a few entries, or a few 16x16 blocks, of ΔW (arXiv:2507.07140, section 3)."""
 
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ class SparseDelta(Delta):
 
     index: Int[Tensor, " n"]
     values: Float[Tensor, " n *block"]
-    shape: tuple[int, int]
+    shape: tuple[int, int] = field()  # else Delta's property would be taken for a default
     block: int = 1
     kind = "sparse"
 
@@ -38,6 +38,8 @@ class SparseDelta(Delta):
             raise UsageError(
                 f"SparseDelta of block {self.block} wants a shape in whole blocks; got {self.shape}"
             )
+        if self.index.is_floating_point() or self.index.is_complex():
+            raise UsageError(f"SparseDelta wants whole numbers as index; got {self.index.dtype}")
         n = self.index.numel()
         wanted = (n,) if self.block == 1 else (n, self.block, self.block)
         if self.index.ndim != 1 or tuple(self.values.shape) != wanted:
@@ -78,8 +80,9 @@ class SparseDelta(Delta):
         )
 
     def apply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        flat = x.reshape(-1, x.shape[-1]).float()
-        y = torch.sparse.mm(self.matrix().to(x.device), flat.T).T
+        wide = torch.promote_types(x.dtype, torch.float32)  # sparse.mm knows no half precision
+        flat = x.reshape(-1, x.shape[-1]).to(wide)
+        y = torch.sparse.mm(self.matrix().to(x.device, wide), flat.T).T
         return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
@@ -89,10 +92,10 @@ class SparseDelta(Delta):
         return dense
 
     def top_direction(self) -> Float[Tensor, " d_in"]:
-        """By Lanczos (scipy.sparse.linalg.svds, ARPACK) from a fixed start; of the small side's
-        Gram matrix where the matrix is too small for Lanczos."""
+        """By Lanczos (scipy.sparse.linalg.svds, ARPACK) from a fixed start; from the dense matrix
+        where it is too small for Lanczos."""
         from scipy.sparse import coo_matrix
-        from scipy.sparse.linalg import svds
+        from scipy.sparse.linalg import ArpackError, svds
 
         rows, cols, values = (t.cpu() for t in self.entries())
         if not bool(values.any()):
@@ -106,8 +109,11 @@ class SparseDelta(Delta):
             start = torch.randn(
                 min(self.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64
             )
-            _, _, vt = svds(matrix, k=1, v0=start.numpy(), tol=1e-12)
-            v = torch.from_numpy(vt[0].copy())
+            try:
+                _, _, vt = svds(matrix, k=1, v0=start.numpy(), tol=1e-12)
+                v = torch.from_numpy(vt[0].copy())
+            except ArpackError:
+                v = torch.from_numpy(_few_values(matrix))
         return fix_sign((v / v.norm()).float()).to(self.values.device)
 
     def inner(self, other: Delta) -> float:
@@ -143,3 +149,22 @@ class SparseDelta(Delta):
             r, c = rows[i : i + CHUNK], cols[i : i + CHUNK]
             total += (left[:, r] * values[i : i + CHUNK].float()) @ right[:, c].T
         return total
+
+
+def _few_values(matrix: Any) -> Any:
+    """The top right singular vector where ARPACK gives up: a matrix of few distinct singular
+    values, such as entries of one size (the first steps of Adam). Lanczos without restarts then
+    ends by itself after as many steps as there are values."""
+    import numpy as np
+
+    v = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    basis = np.empty((0, matrix.shape[1]))
+    for _ in range(min(128, matrix.shape[1])):
+        basis = np.vstack([basis, v / np.linalg.norm(v)])
+        image = matrix.T @ (matrix @ basis[-1])
+        v = image - basis.T @ (basis @ image)
+        v -= basis.T @ (basis @ v)  # once more: once is not enough
+        if np.linalg.norm(v) <= 1e-10 * np.linalg.norm(image):
+            break
+    images = matrix @ basis.T
+    return basis.T @ np.linalg.eigh(images.T @ images)[1][:, -1]

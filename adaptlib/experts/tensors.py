@@ -11,6 +11,7 @@ No torch: reading a header must stay cheap.
 """
 
 import json
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ MAX_HEADER = 16 * 1024 * 1024  # bytes
 MAX_TENSORS = 65_536
 MAX_AXES = 8
 MAX_NAME = 512  # characters
+MAX_SIDE = 2**63 - 1  # of one axis, and of all of them together
 
 # dtype -> (bytes an item, numpy type of its bits); in the order in which safetensors sorts them
 DTYPES: dict[str, tuple[int, str]] = {
@@ -41,6 +43,7 @@ DTYPES: dict[str, tuple[int, str]] = {
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES)}
+_PICKLES = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # torch.save, pickle
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class RawTensor:
 
 def map_file(path: Path) -> memoryview:
     """The bytes of a file, mapped, private and writable in memory (the file cannot change)."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise RefusedError(f"{path} is not a regular file")
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -96,7 +101,7 @@ def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
         raise CorruptError(f"{source} is not a safetensors file: {len(view)} bytes, want 8 or more")
     length = int.from_bytes(view[:8], "little")
     if length > MAX_HEADER:
-        if bytes(view[:2]) in (b"PK", b"\x80\x02", b"\x80\x04"):
+        if bytes(view[:2]) in _PICKLES:
             raise RefusedError(
                 f"{source} is a pickle, whatever its name; loading it can run code",
                 hint="save the adapter as safetensors (PEFT: save_pretrained does)",
@@ -113,8 +118,11 @@ def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
             f"{source} is truncated: its header has {length:,} bytes, the file {len(view):,}"
         )
     header = bytes(view[8 : 8 + length])
-    if header.count(b'"data_offsets"') > MAX_TENSORS:
-        raise RefusedError(f"{source} has more than {MAX_TENSORS:,} tensors")
+    # Counted before parsing, which would take seconds and gigabytes for what is refused after.
+    if header.count(b'"data_offsets"') > MAX_TENSORS or (
+        sum(header.count(mark) for mark in (b"{", b"[", b":")) > 16 * MAX_TENSORS
+    ):
+        raise RefusedError(f"{source} has a header of more than {MAX_TENSORS:,} tensors")
     entries = parse_json(source, header)
     if not isinstance(entries, dict):
         raise CorruptError(f"{source} has a header that is not a JSON object")
@@ -139,11 +147,7 @@ def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
 
 
 def _span(source: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise RefusedError(
-            f"{source} has a tensor name of {len(name)} characters that is empty, over {MAX_NAME} "
-            f"long or not printable: {name[:40]!r}"
-        )
+    _check_name(source, name)
     try:
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = [*shape, begin, stop]
@@ -155,17 +159,27 @@ def _span(source: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
         raise RefusedError(
             f"{source}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}"
         )
-    if len(shape) > MAX_AXES or any(type(n) is not int or n < 0 for n in whole):
+    fits = isinstance(shape, list) and len(shape) <= MAX_AXES
+    if not fits or any(type(n) is not int or not 0 <= n <= MAX_SIDE for n in whole):
         raise CorruptError(f"{source}: tensor {name!r} has a shape or offsets that cannot be")
     size = DTYPES[dtype][0]
-    for n in shape:
-        size *= n
+    if size * math.prod(n or 1 for n in shape) > MAX_SIDE:  # also of an empty one: (0, 2**62, 9)
+        raise CorruptError(f"{source}: tensor {name!r} of {dtype} {shape} is larger than can be")
+    size *= math.prod(shape)
     if stop - begin != size:
         raise CorruptError(
             f"{source}: tensor {name!r} of {dtype} {shape} takes {size:,} bytes; "
             f"its offsets span {stop - begin:,}"
         )
     return dtype, tuple(shape), begin, stop
+
+
+def _check_name(source: str, name: str) -> None:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise RefusedError(
+            f"{source} has a tensor name of {len(name)} characters that is empty, over {MAX_NAME} "
+            f"long or not printable: {name[:40]!r}"
+        )
 
 
 def parse_json(source: str, text: bytes | str) -> Any:
@@ -183,6 +197,8 @@ def parse_json(source: str, text: bytes | str) -> Any:
         raise CorruptError(f"{source} holds {value}, which is not JSON")
 
     try:
+        if isinstance(text, bytes):
+            text = text.decode()  # json.loads would also guess UTF-16 and UTF-32
         return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{source} is not JSON: {str(error)[:200]}") from None
@@ -192,11 +208,13 @@ def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file with these tensors and no metadata, in pieces.
 
     Equal to what `safetensors` itself writes, so the digest of the same tensors is one digest.
+    Raises RefusedError for what `read_tensors` would not read again.
     """
     order = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
     entries: dict[str, Any] = {}
     begin = 0
     for name in order:
+        _check_name("the expert", name)
         tensor = tensors[name]
         end = begin + tensor.data.nbytes
         entries[name] = {
@@ -207,6 +225,11 @@ def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
         begin = end
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
+    if len(order) > MAX_TENSORS or len(header) > MAX_HEADER:
+        raise RefusedError(
+            f"an expert of {len(order):,} tensors and a header of {len(header):,} bytes cannot be "
+            f"kept; at most {MAX_TENSORS:,} and {MAX_HEADER:,}"
+        )
     yield len(header).to_bytes(8, "little") + header
     for name in order:
         yield tensors[name].data.cast("B") if tensors[name].data.nbytes else b""
