@@ -41,8 +41,6 @@ _HOME = {
     "write_peft": "adaptlib.experts",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -51,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return ["__version__", *sorted(_HOME)]

@@ -28,8 +28,10 @@ class UsageError(AdaptlibError, ValueError):
     exit_code = 2
 
 
-class NotFoundError(AdaptlibError, LookupError):
+class NotFoundError(AdaptlibError, KeyError):  # so that `library.get(name)` is None
     exit_code = 3
+
+    __str__ = Exception.__str__  # KeyError would print the repr
 
 
 class CorruptError(AdaptlibError):

@@ -38,7 +38,7 @@ def cluster(
     from adaptlib.experts import Library
 
     opened = Library.open(library)
-    names = words(experts) or list(opened)
+    names = list(dict.fromkeys(words(experts))) or list(opened)
     if not names:
         raise NotFoundError("the library is empty", hint="adaptlib add SOURCE")
     count = _count(k, len(names))
@@ -94,7 +94,7 @@ def cluster(
     silhouette = f"{result.silhouette:.3f}" if result.silhouette is not None else "not defined"
     out.line()
     out.line(f"{result.method}, k = {result.k}, silhouette {silhouette}")
-    out.line(f"features: {result.features} ({result.why})")
+    out.line(f"features: {result.basis}")
     if plot is not None:
         out.note(f"Drew {plot}")
     if save is not None:

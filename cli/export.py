@@ -33,14 +33,18 @@ def export(
     if format == "peft":
         from adaptlib.experts.peft import write_peft
 
-        write_peft(packed, directory)
+        notes = write_peft(packed, directory)
     else:
         from adaptlib.experts.codec import write_directory
 
         write_directory(packed, directory)
+        notes = []
     if json:
-        out.document("export", name=name, path=str(directory.resolve()), format=format)
-    elif not quiet:
+        out.document("export", name=name, path=str(directory.resolve()), format=format, notes=notes)
+        return
+    for text in notes:
+        out.note(f"Note: {text}")
+    if not quiet:
         out.line(f"Wrote  {directory}  ({format})")
         if format == "peft":
             out.note(f'  Next: PeftModel.from_pretrained(model, "{directory}")')

@@ -20,6 +20,9 @@ def gc(
     restore: Annotated[
         str | None, typer.Option(metavar="ID", help="Put back what that gc removed.")
     ] = None,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Go on where the library has no name left.")
+    ] = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -35,7 +38,7 @@ def gc(
         elif not quiet:
             out.line(f"Restored  {count} objects")
         return
-    result = opened.gc(grace=_duration(grace), dry_run=dry_run)
+    result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
     removed = [str(digest) for digest in result.removed]
     if json:
         out.document("gc", id=result.id, removed=removed, bytes=result.bytes, dry_run=dry_run)
@@ -53,4 +56,10 @@ def _duration(text: str) -> timedelta:
     if not match or (not match[2] and int(match[1])):
         raise UsageError(f"--grace wants 90m, 24h, 7d or 0; got {text!r}")
     unit = {"m": "minutes", "h": "hours", "d": "days", "": "days"}[match[2]]
-    return timedelta(**{unit: int(match[1])})
+    try:
+        grace = timedelta(**{unit: int(match[1])})
+    except (OverflowError, ValueError):  # more days, or digits, than Python counts
+        grace = timedelta.max
+    if grace > timedelta(days=36500):
+        raise UsageError(f"--grace is a hundred years at most; got {text[:20]!r}")
+    return grace

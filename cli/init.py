@@ -27,6 +27,7 @@ def init(
     from adaptlib.experts.location import DIRECTORY, VARIABLE
 
     where = path or library or Path(os.environ.get(VARIABLE) or Path.cwd() / DIRECTORY)
+    where = Path(os.path.expanduser(where))  # noqa: PTH111 -- which raises on `~nobody`
     existed = (where / "FORMAT").is_file()
     opened = Library.open(where, create=True)
     added = []

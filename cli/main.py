@@ -23,6 +23,7 @@ from . import (
     listing,
     log,
     mv,
+    out,
     rm,
     route,
     show,
@@ -87,7 +88,12 @@ def run() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _invoke(arguments)
+
+
+def _invoke(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(
             args=arguments, prog_name="adaptlib", standalone_mode=False
@@ -126,10 +132,12 @@ def _failure(error: Exception, arguments: list[str]) -> int:
         ObjectCorrupt,
         ObjectNotFound,
         RefConflict,
+        RefCorrupt,
         RefNotFound,
         StoreError,
         StoreExists,
         StoreLocked,
+        UnknownFormat,
     )
 
     hint = getattr(error, "hint", None)
@@ -142,6 +150,8 @@ def _failure(error: Exception, arguments: list[str]) -> int:
             ObjectNotFound: 4,  # a ref or manifest names it, so the library is damaged
             RefNotFound: 3,
             ObjectCorrupt: 4,
+            RefCorrupt: 4,
+            UnknownFormat: 4,
             RefConflict: 5,
             StoreExists: 5,
             StoreLocked: 5,
@@ -165,6 +175,7 @@ def _say(code: int, message: str, hint: str | None, arguments: list[str]) -> Non
         text = msgspec.json.encode({"schema": "adaptlib.error/1", "error": body}).decode()
     else:
         text = f"Error: {message}" + (f"\n  Next: {hint}" if hint else "")
+        text = out.plain(text)
     sys.stderr.write(text + "\n")
 
 
@@ -180,6 +191,6 @@ def _show_warning(
     from adaptlib.errors import BaseWarning
 
     if issubclass(category, BaseWarning):
-        sys.stderr.write(f"Warning: {message}\n")
+        out.note(f"Warning: {message}")
     elif os.environ.get("ADAPTLIB_DEBUG"):
         sys.stderr.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")

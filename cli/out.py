@@ -22,17 +22,23 @@ def console() -> Any:
 
 
 def _columns() -> int:
-    return int(os.environ.get("COLUMNS", "0") or 0) or 80
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) else 80
 
 
 def line(text: str = "") -> None:
     """A line of plain output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(plain(text) + "\n")
 
 
 def note(text: str) -> None:
     """A sentence for the reader, on stderr."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(plain(text) + "\n")
+
+
+def plain(text: str) -> str:
+    """Text without what would steer the terminal: a card or a file name may come from anybody."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:
@@ -50,7 +56,7 @@ def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> 
             overflow="fold" if how == "fold" else "ellipsis",
         )
     for row in rows:
-        grid.add_row(*[Text(cell) for cell in row])
+        grid.add_row(*[Text(plain(cell)) for cell in row])
     console().print(grid)
 
 

@@ -20,8 +20,10 @@ def rm(
     from adaptlib.experts.library import Library
 
     opened = Library.open(library)
+    names = list(dict.fromkeys(names))
+    names = [name for name in names if ":" not in name or name.split(":")[0] not in names]
     for name in names:
-        opened.digest(name)  # all of them are there, or nothing is removed
+        opened.removable(name)  # all of them are there, or nothing is removed
     removed = [{"name": name, "digest": opened.remove(name)} for name in names]
     if json:
         out.document("rm", removed=removed)

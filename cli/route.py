@@ -1,5 +1,6 @@
 """adaptlib route: which experts answer this input, and why."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,6 +160,8 @@ def _encode(tokenizer: Any, text: str, base: Any) -> Any:
     ids = tokenizer(text, return_tensors="pt").to(base.device)
     ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
     length = ids["input_ids"].shape[1]
+    if not length:
+        raise UsageError("the prompt is empty to this model: its tokenizer finds no token in it")
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if context and length >= context:
         raise UsageError(
@@ -189,26 +192,25 @@ def _print_shares(shares: dict[str, float], router: str, top_k: int, *, quiet: b
 def _details(trace: Any, tokenizer: Any, ids: Any) -> dict[str, Any]:
     """By token and by layer, who was chosen, as plain data."""
     pieces = [tokenizer.decode([i]) for i in ids["input_ids"][0].tolist()]
-    by_token, by_layer = trace.tokens(), trace.layers()
-    names = list(trace.experts)
+    by_token, names = trace.tokens(), list(trace.experts)
+    by_layer: dict[int | str, list[tuple[float, ...]]] = {}
+    for module, weights in trace.layers().items():
+        number = re.search(r"(?:^|\.)(\d+)\.", module)
+        by_layer.setdefault(int(number[1]) if number else module, []).append(weights)
     tokens = []
     for piece, weights in zip(pieces, by_token.tolist(), strict=True):
         best = max(range(len(names)), key=weights.__getitem__)
         tokens.append({"token": piece, "expert": names[best], "weight": weights[best]})
-    layers = [
-        {
-            "layer": layer,
-            "experts": sorted(
-                (
-                    {"name": name, "weight": weight}
-                    for name, weight in zip(names, weights, strict=True)
-                    if weight > 0
-                ),
-                key=lambda entry: -entry["weight"],
-            ),
-        }
-        for layer, weights in by_layer.items()
-    ]
+    layers = []
+    for layer, rows in by_layer.items():
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        chosen = [
+            {"name": name, "weight": weight}
+            for name, weight in zip(names, means, strict=True)
+            if weight > 0
+        ]
+        chosen.sort(key=lambda entry: -entry["weight"])
+        layers.append({"layer": layer, "experts": chosen})
     return {"tokens": tokens, "layers": layers}
 
 

@@ -2,8 +2,8 @@
 
     python -m adaptlib.demo.make --data DATA --base BASE --out OUT --workers 2
 
-`DATA` holds `tasks.tar.xz`, `tasks.json` and `tokenizer/tokenizer.json`; `BASE` is the model that
-`adaptlib.demo.pretrain` made, which gets its tokenizer here. Writes `OUT/experts/<name>/` for each
+`DATA` holds `tasks.tar.xz` and `tasks.json`; `BASE` is the model that `adaptlib.demo.pretrain`
+made. Writes `OUT/experts/<name>/` for each
 unit of `UNITS` and a line of `OUT/scores.jsonl` with its exact match and the base model's; units
 that are there already are left alone, so an interrupted run can be started again. Experts that
 learned nothing have their line, too.
@@ -98,49 +98,6 @@ UNITS = (
 )
 
 
-def prepare_base(base: Path, data: Path) -> None:
-    """Give the base model its tokenizer and an end-of-sequence token that it can learn to use.
-
-    The text of pretraining holds no `<|endoftext|>`, so the model has only learned to avoid it:
-    its embedding points away from every hidden state, and after 5 epochs of LoRA the loss of the
-    eos alone was still 2.6 nats. It is set to the embedding of the newline, which ends things in
-    the text, plus a fixed random half-length, so that the two can be told apart. Done once: the
-    config says which eos the weights are for.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-    from tokenizers import Tokenizer
-
-    if not (base / "tokenizer.json").exists():
-        shutil.copy(data / "tokenizer" / "tokenizer.json", base / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    eos, pad = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<pad>")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<pad>",
-        "model_max_length": 1024,
-    }
-    (base / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    config = json.loads((base / "config.json").read_text())
-    if config["eos_token_id"] == eos:
-        return
-    weights = load_file(base / "model.safetensors")
-    table = weights["model.embed_tokens.weight"].float()
-    direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0))
-    (newline,) = tokenizer.encode("\n").ids
-    length = 0.5 * table.norm(dim=1).median()
-    table[eos] = table[newline] + length * direction / direction.norm()
-    weights["model.embed_tokens.weight"] = table.to(weights["model.embed_tokens.weight"].dtype)
-    save_file(weights, base / "model.tmp", metadata={"format": "pt"})
-    (base / "model.tmp").replace(base / "model.safetensors")
-    for name in ("generation_config.json", "config.json"):  # config.json last: it says "done"
-        values = json.loads((base / name).read_text())
-        values |= {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad}
-        (base / f"{name}.tmp").write_text(json.dumps(values, indent=2) + "\n")
-        (base / f"{name}.tmp").replace(base / name)
-
-
 def unpack_tasks(data: Path, out: Path) -> Path:
     """The tasks' JSONL files and tasks.json in one folder."""
     folder = out / "data"
@@ -221,10 +178,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], help="names of units; all without it")
     args = parser.parse_args()
+    for path in (args.base / "tokenizer.json", args.data / "tasks.tar.xz"):
+        if not path.is_file():
+            parser.error(f"there is no {path}")
 
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, which start from nothing
     (args.out / "experts").mkdir(parents=True, exist_ok=True)
-    prepare_base(args.base, args.data)
     tasks = unpack_tasks(args.data, args.out)
     scores = args.out / "scores.jsonl"
     lines = scores.read_text().splitlines() if scores.exists() else []

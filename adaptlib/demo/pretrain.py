@@ -11,36 +11,41 @@ schedule always reaches zero when the time is up.
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+EOS, PAD = "<|endoftext|>", "<pad>"
 WARMUP = 0.03  # fraction of the run
 DECAY = 0.5  # fraction of the run, at its end, in which the learning rate falls to zero
 
 
 def tokens(data: Path, cache: Path) -> np.ndarray:
-    """All text under `data/text` as one array of token ids (uint16), documents parted by eos."""
+    """All text under `data/text` as one array of token ids (uint16): documents of six paragraphs,
+    each ended by eos."""
     if cache.exists():
         return np.load(cache, mmap_mode="r")
     import zstandard
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
+    eos = tokenizer.token_to_id(EOS)
     parts = []
     for path in sorted((data / "text").glob("*.txt.zst")):
         with path.open("rb") as file:
             text = zstandard.ZstdDecompressor().stream_reader(file).read().decode("utf-8")
         paragraphs = [p for p in text.split("\n\n") if p.strip()]
-        documents = ["\n\n".join(paragraphs[i : i + 20]) for i in range(0, len(paragraphs), 20)]
+        documents = ["\n\n".join(paragraphs[i : i + 6]) for i in range(0, len(paragraphs), 6)]
         for start in range(0, len(documents), 512):
             for encoding in tokenizer.encode_batch(documents[start : start + 512]):
-                parts.append(np.asarray([*encoding.ids, 2], dtype=np.uint16))
+                parts.append(np.asarray([*encoding.ids, eos], dtype=np.uint16))
     ids = np.concatenate(parts)
     np.save(cache, ids)
     return ids
@@ -102,8 +107,49 @@ def restore(
     return int(step), spent
 
 
+def start(data: Path) -> tuple[Any, dict[str, int]]:
+    """The model to go on from, with its end-of-sequence token made usable, and the special tokens.
+
+    It was trained on text without eos, so it has only learned to avoid it: its embedding points
+    away from every hidden state. It gets the embedding of the newline, which ends things in the
+    text, plus a fixed random half-length, so that the two can be told apart.
+    """
+    import transformers
+    from tokenizers import Tokenizer
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        data / "lm" / "base4m", dtype=torch.float32
+    )
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
+    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    assert eos is not None, f"the tokenizer lacks {EOS}"
+    assert pad is not None, f"the tokenizer lacks {PAD}"
+    (newline,) = tokenizer.encode("\n").ids
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0))
+        length = 0.5 * table.norm(dim=1).median()
+        table[eos] = table[newline] + length * direction / direction.norm()
+    return model, {"eos_token_id": eos, "pad_token_id": pad}
+
+
+def save_model(model: Any, special: dict[str, int], data: Path, directory: Path) -> None:
+    """Write the model in bfloat16 with its tokenizer, as `from_pretrained` wants them."""
+    for settings in (model.config, model.generation_config):
+        settings.update({"bos_token_id": None, **special})
+    model.to(torch.bfloat16).save_pretrained(directory)
+    shutil.copy(data / "tokenizer" / "tokenizer.json", directory / "tokenizer.json")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "model_max_length": model.config.max_position_embeddings,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=45)
@@ -114,14 +160,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    import transformers
-
     torch.manual_seed(options.seed)
     ids = tokens(options.data, options.out / "tokens.npy")
     held_back, ids = ids[:40_000], ids[40_000:]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.data / "lm" / "base4m", dtype=torch.float32
-    )
+    model, special = start(options.data)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     other = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -171,7 +213,7 @@ def main() -> None:
         now = time.monotonic()
         spent, last = spent + now - last, now
 
-    model.to(torch.bfloat16).save_pretrained(options.out / "model")
+    save_model(model, special, options.data, options.out / "model")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ _HOME = {
     "write_peft": "peft",
 }
 
-__all__ = sorted(_HOME)
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'adaptlib.experts' has no attribute {name!r}")
     return getattr(import_module(f"adaptlib.experts.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

@@ -160,7 +160,10 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for each shard is no news
     source = str(where) if where is not None else name_or_path
     local = where is not None
     try:
@@ -189,8 +192,11 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
         raise RefusedError(
             f"transformers cannot load {name_or_path} as a causal language model: {error}"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if torch.cuda.is_available():
-        model = model.to("cuda")
+        model = model.to(torch.device("cuda"))  # pyright: ignore[reportArgumentType]
     elif model.num_parameters() < 1e9:
         model = model.float()
     return model.eval(), tokenizer

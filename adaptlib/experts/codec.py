@@ -261,7 +261,7 @@ def _raw(tensor: "torch.Tensor") -> RawTensor:
             f"a tensor of {dtype} cannot be kept; supported: {', '.join(_TORCH_NAMES)}"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     return RawTensor(_TORCH_NAMES[dtype], tuple(tensor.shape), memoryview(data))
 
 

@@ -26,7 +26,8 @@ class SparseDelta(Delta):
 
     index: Int[Tensor, " n"]
     values: Float[Tensor, " n *block"]
-    shape: tuple[int, int] = field()  # else Delta's property would be taken for a default
+    # field(), or Delta's property would be taken for a default
+    shape: tuple[int, int] = field()  # pyright: ignore[reportIncompatibleMethodOverride]
     block: int = 1
     kind = "sparse"
 
@@ -110,7 +111,7 @@ class SparseDelta(Delta):
                 min(self.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64
             )
             try:
-                _, _, vt = svds(matrix, k=1, v0=start.numpy(), tol=1e-12)
+                vt: Any = svds(matrix, k=1, v0=start.numpy(), tol=0)[2]
                 v = torch.from_numpy(vt[0].copy())
             except ArpackError:
                 v = torch.from_numpy(_few_values(matrix))
