@@ -88,8 +88,11 @@ def run() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    from adaptlib.errors import BaseWarning
+
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("always", BaseWarning)  # it is for the reader, whatever -W says
         return _invoke(arguments)
 
 
@@ -99,15 +102,15 @@ def _invoke(arguments: list[str]) -> int:
             args=arguments, prog_name="adaptlib", standalone_mode=False
         )
         sys.stdout.flush()
+        if result == 130:  # what typer makes of KeyboardInterrupt
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
-    except typer.Exit as exit_:
-        return exit_.exit_code
     except typer.TyperException as error:
         return _usage(error, arguments)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("Interrupted\n")
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer and rich exit where a pipe is broken
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:  # the one place that turns errors into words

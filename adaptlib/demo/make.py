@@ -3,10 +3,9 @@
     python -m adaptlib.demo.make --data DATA --base BASE --out OUT --workers 2
 
 `DATA` holds `tasks.tar.xz` and `tasks.json`; `BASE` is the model that `adaptlib.demo.pretrain`
-made. Writes `OUT/experts/<name>/` for each
-unit of `UNITS` and a line of `OUT/scores.jsonl` with its exact match and the base model's; units
-that are there already are left alone, so an interrupted run can be started again. Experts that
-learned nothing have their line, too.
+made. Writes `OUT/experts/<name>/` for each unit of `UNITS` and a line of `OUT/scores.jsonl` with
+its exact match and the base model's; units that are there already are left alone, so an
+interrupted run can be started again. Experts that learned nothing have their line, too.
 """
 
 import argparse

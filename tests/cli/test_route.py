@@ -1,0 +1,171 @@
+"""route and cluster on a tiny random Llama: the JSON contract, and every way to ask."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adaptlib.cli import cluster, route
+
+from adaptlib.experts import Library
+from tests.tiny import make_expert
+
+PROMPT = ("route", "--prompt", "a b c d")
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_route_says_who_answers(run: Any) -> None:
+    document = run(*PROMPT, "--top-k", "2", "--json").document
+    assert document.keys() == {"schema", "router", "top_k", "mix", "experts"}
+    assert document["schema"] == "adaptlib.route/1"
+    assert (document["router"], document["top_k"], document["mix"]) == ("arrow", 2, "outputs")
+    weights = [entry["weight"] for entry in document["experts"]]
+    assert all(entry.keys() == {"name", "weight"} for entry in document["experts"])
+    assert sorted(entry["name"] for entry in document["experts"]) == [f"e{i}" for i in range(5)]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1, abs=1e-6)
+    assert all(weight >= 0 for weight in weights)
+    assert run(*PROMPT, "--top-k", "2", "--json").document == document  # the same every time
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_route_explains_and_generates(run: Any, tmp_path: Path) -> None:
+    words = ("--explain", "--generate", "--max-new-tokens", "3", "--json")
+    document = run(*PROMPT, *words).document
+    assert isinstance(document["text"], str)
+    assert [token["token"].strip() for token in document["tokens"]] == ["a", "b", "c", "d"]
+    assert len(document["layers"]) >= 2
+    for layer in document["layers"]:
+        assert sum(entry["weight"] for entry in layer["experts"]) == pytest.approx(1, abs=1e-5)
+        weights = [entry["weight"] for entry in layer["experts"]]
+        assert weights == sorted(weights, reverse=True)
+    text = run(*PROMPT, "--explain", "--generate", "--max-new-tokens", "3")
+    assert text.code == 0
+    assert "Tokens, by the expert" in text.out
+    assert "\x1b" not in text.out
+    drawn = run(*PROMPT, "--plot", "map.svg", "--json")
+    assert drawn.code == 0
+    assert (tmp_path / "map.svg").read_text().startswith("<?xml")
+    assert drawn.document["router"] == "arrow"
+    assert run(*PROMPT, "--plot", "map.gif").code == 2
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_every_router(run: Any) -> None:
+    uniform = run(*PROMPT, "--router", "uniform", "--json").document
+    assert uniform["router"] == "uniform"
+    assert len({entry["weight"] for entry in uniform["experts"] if entry["name"] != "e3"}) == 1
+    named = run(*PROMPT, "--router", "named:e1", "--json").document
+    assert named["router"] == "named"
+    assert named["experts"][0] == {"name": "e1", "weight": 1.0}
+    assert sum(entry["weight"] for entry in named["experts"]) == 1.0
+    some = run(*PROMPT, "--experts", "e0,e1", "--experts", "e2", "--json").document
+    assert {entry["name"] for entry in some["experts"]} == {"e0", "e1", "e2"}
+    assert run(*PROMPT, "--experts", "e0 e1", "-q").out.split()[0] in ("e0", "e1")
+    factors = ("--mix", "factors", "--json")
+    assert run(*PROMPT, "--experts", "e0", *factors).document["mix"] == "factors"
+    assert run(*PROMPT, "--experts", "e0,e1", *factors).code in (2, 7)  # of two ranks
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_more_experts_than_there_are_is_all_of_them(run: Any) -> None:
+    result = run(*PROMPT, "--top-k", "99", "--json")
+    assert result.code == 0
+    assert result.document["top_k"] == 5
+    assert "--top-k 99 is more than there are" in result.err
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_the_prompt_comes_from_stdin_too(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b c d"))
+    piped = run("route", "--prompt", "-", "--json").document
+    assert piped == run(*PROMPT, "--json").document
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert run("route", "--prompt", "-").code == 2
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_a_prompt_over_the_context_is_refused(run: Any) -> None:
+    result = run("route", "--prompt", "a " * 32, "--json")
+    assert result.code == 2
+    assert "the prompt has 32 tokens" in result.error["message"]
+    full = run("route", "--prompt", "a " * 31, "--generate", "--json")
+    assert full.code == 0  # one more fits
+    assert isinstance(full.document["text"], str)
+
+
+def test_experts_for_two_models_do_not_mix(run: Any, routed_library: Library) -> None:
+    routed_library.add(make_expert(), "stranger")
+    result = run(*PROMPT, "--json")
+    assert result.code == 2
+    assert "2 base models" in result.error["message"]
+    assert run(*PROMPT, "--experts", "e0,e1").code == 0
+
+
+def test_an_expert_that_does_not_fit_the_model_is_refused_again(
+    run: Any, routed_library: Library, base_model: Path
+) -> None:
+    routed_library.add(make_expert(), "stranger")
+    result = run(*PROMPT, "--experts", "stranger", "--model", base_model, "--json")
+    assert result.code == 7
+    assert "stranger matches no module" in result.error["message"]
+
+
+def test_a_model_of_another_name_is_a_warning(
+    run: Any, routed_library: Library, base_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "copy").symlink_to(base_model)
+    result = run(*PROMPT, "--model", tmp_path / "copy", "--json")
+    assert result.code == 0
+    if result.err:
+        assert result.err.startswith("Warning: ")
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_cluster(run: Any, tmp_path: Path) -> None:
+    document = run("cluster", "--k", "2", "--json").document
+    assert document["schema"] == "adaptlib.cluster/1"
+    assert {"method", "k", "clusters", "silhouette"} <= document.keys()
+    assert (document["method"], document["k"]) == ("mbc", 2)
+    members = [name for names in document["clusters"].values() for name in names]
+    assert sorted(members) == [f"e{i}" for i in range(5)]
+    assert all(document["clusters"].values())
+    assert document["silhouette"] is None or -1 <= document["silhouette"] <= 1
+    assert run("cluster", "--k", "2", "--json").document == document
+    text = run("cluster", "--k", "2")
+    assert text.out.startswith("CLUSTER")
+    assert len(run("cluster", "--k", "2", "-q").out.splitlines()) == 2
+    assert run("cluster", "--experts", "e0,e0,e1", "--k", "2", "--json").document["k"] == 2
+    assert run("cluster", "--experts", "e0,e0,e1", "--k", "3").code == 2
+    assert run("cluster", "--method", "random", "--k", "2", "--json").document["method"] == "random"
+    assert run("cluster", "--k", "1", "--json").document["silhouette"] is None
+
+
+def test_a_clustering_is_kept(run: Any, routed_library: Library, tmp_path: Path) -> None:
+    result = run("cluster", "--save", "mine", "--plot", "map.png", "--k", "2", "--json")
+    assert result.code == 0
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    kept = routed_library.load_record("clusterings", "mine")
+    assert kept["schema"] == "adaptlib.clustering/1"
+    assert kept["clusters"] == result.document["clusters"]
+    assert kept["experts"] == routed_library.names()
+    assert run("list", "-q").out.split() == [f"e{i}" for i in range(5)]
+    assert run("cluster", "--save", "other", "--plot", "no/such/map.svg").code == 3
+    assert "other" not in json.dumps([str(ref) for ref in routed_library.store.refs()])
+
+
+@pytest.mark.parametrize("line", [*route.EXAMPLES, *cluster.EXAMPLES])
+def test_every_example_works(
+    run: Any, routed_library: Library, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    if piped := re.match(r'echo "(.*)" \| ', line):
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped[1]))
+        line = line[piped.end() :]
+    routed_library.tag("e0", "sums")
+    words = shlex.split(line)[1:]
+    words = ["2" if word == "10" else word for word in words]
+    result = run(*words)
+    assert result.code == 0, result.err

@@ -1,0 +1,251 @@
+"""Training equals the same steps done by hand, is repeatable, and leaves the model alone."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adaptlib.errors import AdaptlibError, BaseMismatchError, UsageError
+from adaptlib.experts.expert import Expert
+from adaptlib.experts.lora import LoRADelta
+from adaptlib.training import loop
+from adaptlib.training.encode import batches, encode_rows
+from adaptlib.training.loop import TrainOptions, train
+from adaptlib.training.lora import LoRATrainee
+from adaptlib.training.modules import applied, target_modules
+from adaptlib.training.tasks import Row, Task
+
+QUICK = TrainOptions(epochs=2, batch_size=8, rank=2, lr=1e-2, dtype=torch.float32)
+KINDS = ["lora", "sparse"]
+
+
+def plain_loss(model: PreTrainedModel, tokenizer, task: Task, split: str) -> float:
+    """Nats per answer token, one row at a time, with the model's own loss."""
+    examples, _ = encode_rows(tokenizer, task, task.rows[split], max_length=512)
+    total, tokens = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.start] = -100
+        n = len(example.ids) - example.start
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * n
+        tokens += n
+    return total / tokens
+
+
+def state(model: PreTrainedModel) -> dict[str, object]:
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "flags": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": hooks,
+        "types": [type(m) for m in model.modules()],
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same_state(before: dict, after: dict) -> None:
+    assert before.keys() == after.keys()
+    assert all(torch.equal(v, after["weights"][n]) for n, v in before["weights"].items())
+    assert torch.equal(before["rng"], after["rng"])
+    for key in ("flags", "grads", "modes", "hooks", "types"):
+        assert before[key] == after[key], key
+
+
+def assert_same_deltas(one: Expert, two: Expert) -> None:
+    assert list(one.deltas) == list(two.deltas)
+    for name, delta in one.deltas.items():
+        assert torch.equal(delta.dense(), two.deltas[name].dense()), name
+
+
+def test_lora_training_is_the_same_steps_by_hand(model, tokenizer, task) -> None:
+    options = dataclasses.replace(QUICK, best_epoch=False, epochs=1, clip=0.5)
+    expert = train(model, tokenizer, task, options=options)
+
+    modules = target_modules(model, "all-linear")
+    start = LoRATrainee(modules, rank=2, alpha=16.0, dropout=0.0, seed=0)
+    a = {name: value.detach().clone().requires_grad_() for name, value in start.a.items()}
+    b = {name: torch.zeros_like(value).requires_grad_() for name, value in start.b.items()}
+    every = [*a.values(), *b.values()]
+    optimizer = torch.optim.AdamW(every, weight_decay=0.0)
+    originals = {name: module.weight.detach().clone() for name, module in modules.items()}
+    examples, _ = encode_rows(tokenizer, task, task.rows["train"], max_length=512)
+    order = list(batches(examples, size=8, pad=1, seed=0))
+    for step, batch in enumerate(order):
+        optimizer.param_groups[0]["lr"] = 1e-2 * loop._schedule(step / len(order), options.warmup)
+        weights = {}
+        for name, module in modules.items():
+            update = 8.0 * (b[name] @ a[name])  # alpha / rank
+            update = update.T if isinstance(module, Conv1D) else update
+            weights[f"{name}.weight"] = originals[name] + update
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits = torch.func.functional_call(model, weights, kwargs=inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(every, 0.5)
+        optimizer.step()
+
+    for name, delta in expert.deltas.items():
+        assert isinstance(delta, LoRADelta)
+        torch.testing.assert_close(delta.a, a[name].detach(), rtol=0, atol=2e-5)
+        torch.testing.assert_close(delta.b, b[name].detach(), rtol=0, atol=2e-5)
+        assert delta.scale == 8.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_left_as_it_was(model, tokenizer, task, kind) -> None:
+    next(model.parameters()).requires_grad_(False)
+    model.get_submodule(next(iter(target_modules(model, "all-linear")))).train()
+    before = state(model)
+    train(model, tokenizer, task, kind=kind, options=QUICK)
+    assert_same_state(before, state(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_leaves_the_model_as_it_was(small, tokenizer, task, kind) -> None:
+    before = state(small)
+
+    def stop(step: int, total: int, loss: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small, tokenizer, task, kind=kind, options=QUICK, progress=stop)
+    assert_same_state(before, state(small))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_seed_gives_one_expert(small, tokenizer, task, kind) -> None:
+    options = dataclasses.replace(QUICK, dropout=0.1)
+    first = train(small, tokenizer, task, kind=kind, options=options)
+    torch.manual_seed(99)  # what was drawn before does not matter
+    assert_same_deltas(first, train(small, tokenizer, task, kind=kind, options=options))
+    other = dataclasses.replace(options, seed=1)
+    name = next(iter(first.deltas))
+    third = train(small, tokenizer, task, kind=kind, options=other)
+    assert not torch.equal(first.deltas[name].dense(), third.deltas[name].dense())
+
+
+@pytest.mark.parametrize(("kind", "block"), [("lora", 1), ("sparse", 1), ("sparse", 16)])
+def test_the_expert_lowers_the_loss_when_added_by_hand(model, tokenizer, task, kind, block) -> None:
+    options = dataclasses.replace(QUICK, epochs=4, block=block, lr=2e-2)
+    expert = train(model, tokenizer, task, kind=kind, options=options)
+    before = plain_loss(model, tokenizer, task, "valid")
+    with applied(model, expert):
+        after = plain_loss(model, tokenizer, task, "valid")
+    assert after < before - 0.3
+    assert after == pytest.approx(expert.card["metrics"]["valid_loss"], abs=2e-4)
+    assert plain_loss(model, tokenizer, task, "valid") == before
+
+
+def test_experts_of_one_seed_start_from_the_same_a(small) -> None:
+    modules = target_modules(small, "all-linear")
+    some = {name: module for name, module in modules.items() if "q_proj" in name}
+    every = LoRATrainee(modules, rank=2, alpha=1.0, dropout=0.0, seed=4)
+    few = LoRATrainee(some, rank=2, alpha=1.0, dropout=0.0, seed=4)
+    for name in some:
+        assert torch.equal(every.a[name], few.a[name])
+        assert every.a[name].abs().max() <= 1 / math.sqrt(32)
+        assert not every.b[name].any()
+
+
+def test_targets_are_chosen_by_the_end_of_their_name(small, tokenizer, task) -> None:
+    options = dataclasses.replace(QUICK, target=("q_proj", "layers.1.mlp.up_proj"), epochs=1)
+    expert = train(small, tokenizer, task, options=options)
+    assert sorted(expert.deltas) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert "lm_head" not in target_modules(small, "all-linear")
+    assert len(target_modules(small, "all-linear")) == 14
+    with pytest.raises(UsageError, match="'query' matches no linear module; there are: down_proj"):
+        target_modules(small, ("q_proj", "query"))
+
+
+def test_the_card_says_what_was_done(small, tokenizer, task) -> None:
+    steps = []
+    expert = train(
+        small,
+        tokenizer,
+        task,
+        kind="sparse",
+        options=QUICK,
+        base="me/tiny",
+        progress=lambda step, total, loss: steps.append((step, total)),
+    )
+    assert expert.base == expert.card["base"]["id"] == "me/tiny"
+    assert expert.card["task"] == "first_word"
+    assert expert.card["description"] == "Say the first word."
+    assert (expert.card["category"], expert.card["licence"]) == ("words", "CC0")
+    recipe = expert.card["training"]
+    assert (recipe["steps"], recipe["examples"], recipe["seed"]) == (10, 40, 0)
+    assert recipe["best_epoch"] == 2  # the first epoch of a sparse expert is no candidate
+    assert "keep_ratio" in recipe
+    assert "rank" not in recipe
+    assert steps == [(i, 10) for i in range(1, 11)]
+
+
+def test_the_best_epoch_is_kept(small, tokenizer, task) -> None:
+    wild = dataclasses.replace(QUICK, lr=0.5, epochs=4)
+    best = train(small, tokenizer, task, options=wild)
+    last = train(small, tokenizer, task, options=dataclasses.replace(wild, best_epoch=False))
+    assert best.card["metrics"]["valid_loss"] <= last.card["metrics"]["valid_loss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite_stops_at_its_step(small, tokenizer, task, kind) -> None:
+    small.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(AdaptlibError, match=r"first_word diverged: the loss is nan at step 1 of"):
+        train(small, tokenizer, task, kind=kind, options=QUICK)
+
+
+def test_a_huge_learning_rate_is_an_error_and_no_expert(small, tokenizer, task) -> None:
+    options = dataclasses.replace(QUICK, lr=1e38, epochs=1)
+    with pytest.raises(AdaptlibError, match="diverged"):
+        train(small, tokenizer, task, options=options)
+
+
+def test_cut_inputs_are_reported(small, tokenizer) -> None:
+    task = Task("long", "Do.", {"train": (Row("w " * 90, "yes"),) * 4})
+    options = dataclasses.replace(QUICK, max_length=60, epochs=1)
+    with pytest.warns(UserWarning, match="4 of 4 training inputs"):
+        expert = train(small, tokenizer, task, options=options)
+    assert expert.card["training"]["cut_inputs"] == 4
+    assert "valid_loss" not in expert.card["metrics"]
+
+
+def test_options_that_make_no_sense_are_refused(small, tokenizer, task) -> None:
+    with pytest.raises(UsageError, match="epochs wants more than 0; got 0"):
+        TrainOptions(epochs=0)
+    with pytest.raises(UsageError, match="dropout"):
+        TrainOptions(dropout=1.0)
+    with pytest.raises(UsageError, match="keep_ratio"):
+        train(
+            small,
+            tokenizer,
+            task,
+            kind="sparse",
+            options=dataclasses.replace(QUICK, keep_ratio=0.0),
+        )
+    with pytest.raises(UsageError, match="kind wants"):
+        loop._trainee("ia3", {}, QUICK)  # past the type checker of the tests
+
+
+def test_an_expert_of_another_model_is_not_applied(small, tokenizer, task) -> None:
+    before = state(small)
+    delta = LoRADelta(torch.ones(1, 8), torch.ones(8, 1))
+    good = LoRADelta(torch.ones(1, 32), torch.ones(32, 1))
+    q_proj = "model.layers.0.self_attn.q_proj"
+    for name in (q_proj, "nowhere"):
+        expert = Expert("x", {name: delta, "model.layers.1.self_attn.q_proj": good})
+        with pytest.raises(BaseMismatchError, match=name), applied(small, expert):
+            pass
+    assert_same_state(before, state(small))
