@@ -1,5 +1,6 @@
-# make run      install and run the main job: keep, cluster and route the bundled experts
-# make test     install and run the tests
+# make run      install, then the main job: keep, cluster and route the bundled experts
+#               with your own words: make run PROMPT="..." INSTRUCTION="..."
+# make test     install, then the tests
 # make check    format, lint, types
 # make bench    the benchmarks (minutes)
 # make fmt      put the code into its format
@@ -7,7 +8,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= Name the intent of the request.\nInput: my card was declined at the shop, what now?\nAnswer:
+
+export INSTRUCTION ?= Name the intent of the request.
+export PROMPT      ?= my card was declined at the shop, what now?
 
 # Without an NVIDIA GPU, torch is held to a release that has a CPU build; see README, "Install".
 GPU  := $(wildcard /proc/driver/nvidia/version /dev/nvidia0)
@@ -18,10 +21,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: run test check bench fmt clean
 
 run: $(VENV)/.run
-	$(BIN)/adaptlib init .adaptlib --demo
-	$(BIN)/adaptlib list
-	$(BIN)/adaptlib cluster
-	$(BIN)/adaptlib route --prompt "$$(printf '$(PROMPT)')" --explain --generate
+	@echo; echo '$$ adaptlib init --demo'
+	@$(BIN)/adaptlib init .adaptlib --demo
+	@echo; echo '$$ adaptlib list'
+	@$(BIN)/adaptlib list -L .adaptlib
+	@echo; echo '$$ adaptlib cluster'
+	@$(BIN)/adaptlib cluster -L .adaptlib
+	@echo; echo "$$ adaptlib route --instruction '$$INSTRUCTION' --prompt '$$PROMPT' --explain --generate"
+	@$(BIN)/adaptlib route -L .adaptlib --instruction "$$INSTRUCTION" --prompt "$$PROMPT" \
+	  --explain --generate
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
@@ -34,7 +42,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/store.py
-	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/prototypes.py
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -42,7 +42,7 @@ def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     from adaptlib.clustering import mbc
     from adaptlib.demo import experts
-    from adaptlib.evaluation import exact_match
+    from adaptlib.evaluation import exact_match, label_accuracy
     from adaptlib.experts.base import DEMO_BASE, load
     from adaptlib.routing import Arrow, Named, Uniform, attach
     from adaptlib.training import read_task
@@ -58,8 +58,15 @@ def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
     def score(on: Any) -> float:
         return exact_match(on, tokenizer, task, limit=rows, batch_size=64).value
 
-    result["n"] = len(task.split("test")[:rows])
+    test = [row.output.strip().casefold() for row in task.split("test")[:rows]]
+    result["n"] = len(test)
+    result["majority"] = max(map(test.count, test)) / len(test)
     result["base"] = score(model)
+    # A base model that was never told the form of an answer cannot match one exactly, so for tasks
+    # with labels it is also asked which label it finds likeliest.
+    result["base_label"] = (
+        label_accuracy(model, tokenizer, task, limit=rows).value if task.labels else None
+    )
     for name in own:
         alone = {name: all_experts[name]}
         with attach(model, alone, Named.fit(alone, expert=name)) as routed:
@@ -150,23 +157,30 @@ def report(done: dict[str, Any]) -> str:
         "",
         "## Each expert against the base",
         "",
-        "| expert | task | category | kind | rows | base | expert | gain |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "*Base* is the base model's exact match; it was never shown the form of an answer, so for tasks",
+        "with labels *base label* is how often the right label is the likeliest to it (highest mean",
+        "log-likelihood). *Majority* is the score of always giving the commonest answer.",
+        "",
+        "| expert | task | category | kind | rows | base | base label | majority | expert |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     gains: dict[str, list[float]] = {}
     for name, expert in sorted(all_experts.items()):
         row = tasks[expert.card["task"]]
         value, kind = row["experts"][name], _kind(expert)
-        gains.setdefault(kind, []).append(value - row["base"])
+        label = row["base_label"]
+        best = max(row["base"], label or 0.0, row["majority"])
+        gains.setdefault(kind, []).append(value - best)
         lines.append(
             f"| {name} | {row['task']} | {row['category']} | {kind} | {row['n']} | "
-            f"{row['base']:.3f} | {value:.3f} | {value - row['base']:+.3f} |"
+            f"{row['base']:.3f} | {'' if label is None else f'{label:.3f}'} | "
+            f"{row['majority']:.3f} | {value:.3f} |"
         )
     lines.append("")
     for kind, values in gains.items():
         lines.append(
-            f"- {kind}: {len(values)} experts, mean gain {sum(values) / len(values):+.3f}, "
-            f"least {min(values):+.3f}"
+            f"- {kind}: {len(values)} experts, above the best of base, base label and majority by "
+            f"{sum(values) / len(values):.3f} on average, by {min(values):.3f} at least"
         )
     routed = [row for row in tasks.values() if "own" in row]
     count = round(1 / routed[0]["chance_own"])

@@ -67,8 +67,13 @@ class BaseModel:
         canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
         digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
         revision = getattr(config, "_commit_hash", None)
-        name = base_id(getattr(config, "_name_or_path", "") or config.model_type)
+        name = base_id(getattr(config, "_name_or_path", ""))
         return cls(name, revision, digest, MappingProxyType(modules))
+
+    @property
+    def label(self) -> str:
+        """Its id, or what to call a model that was built in memory and has none."""
+        return self.id or "this model"
 
     def pin(self) -> dict[str, Any]:
         """What a card keeps under `base`."""
@@ -234,9 +239,9 @@ def check_fit(
         close = difflib.get_close_matches(absent[0], base.modules, n=1, cutoff=0.3)
         closest = f"; the closest module there is {close[0]}" if close else ""
         found = len(shapes) - len(absent)
-        how = f"matches only {found} of its {len(shapes)} modules in {base.id}"
+        how = f"matches only {found} of its {len(shapes)} modules in {base.label}"
         if not found:
-            how = f"matches no module of {base.id}"
+            how = f"matches no module of {base.label}"
         raise BaseMismatchError(
             f"{name} {how}: no {absent[0]}{closest}",
             hint=f"it was trained on {pin.get('id') or 'another model'}; use that base model",
@@ -244,14 +249,14 @@ def check_fit(
     for module, shape in shapes.items():
         if base.modules[module] != shape:
             raise BaseMismatchError(
-                f"{name} does not fit {base.id}: {module} has shape {base.modules[module]} there, "
+                f"{name} does not fit {base.label}: {module} has shape {base.modules[module]} there, "
                 f"the expert has {shape}",
                 hint=f"it was trained on {pin.get('id') or 'another model'}; use that base model",
             )
     if pin.get("digest") and pin["digest"] != base.digest:
         raise BaseMismatchError(
             f"{name} is pinned to another base model: {pin.get('id')} {pin['digest'][:19]}, "
-            f"this is {base.id} {base.digest[:19]}",
+            f"this is {base.label} {base.digest[:19]}",
             hint="use the base model it was trained on, or add it again with --base",
         )
     if pin.get("revision") and base.revision and pin["revision"] != base.revision:
@@ -261,7 +266,7 @@ def check_fit(
             BaseWarning,
             stacklevel=2,
         )
-    if pin.get("id") and _last(pin["id"]) != _last(base.id):
+    if base.id and pin.get("id") and _last(pin["id"]) != _last(base.id):
         warnings.warn(
             f"{name} was trained on {pin['id']}; this model is {base.id}. The shapes agree, "
             "the weights may not",

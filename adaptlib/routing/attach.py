@@ -185,7 +185,7 @@ def _check_kinds(
     for module in expert.deltas:
         if module in modules and module not in base.modules:
             raise BaseMismatchError(
-                f"{name} adapts {module}, which is {type(modules[module]).__name__} in {base.id}; "
+                f"{name} adapts {module}, which is {type(modules[module]).__name__} in {base.label}; "
                 "experts adapt nn.Linear and Conv1D"
             )
 

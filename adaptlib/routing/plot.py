@@ -19,8 +19,8 @@ def plot_routing(
 ) -> Path:
     """Draw a routing as .svg or .png.
 
-    `tokens` is `{"token", "expert", "weight"}` in order, `layers` is `{"layer", "experts": [{"name",
-    "weight"}, ...]}` in order: what `route --explain --json` prints.
+    `tokens` is `{"token", "expert", "weight"}` in order, `layers` is `{"layer", "experts":
+    [{"name", "weight"}, ...]}` in order: what `route --explain --json` prints.
     """
     return save_figure(lambda: _draw(tokens, layers), path)
 

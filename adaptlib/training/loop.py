@@ -145,8 +145,7 @@ def train(
             best_loss = mean_loss(trainee, model, valid, size=options.batch_size, pad=pad)
 
     pin = BaseModel.of(model).pin()
-    if base is not None:
-        pin["id"] = base
+    pin["id"] = base or pin["id"] or f"unnamed {model.config.model_type}"
     recipe = _recipe(options, kind) | {
         "steps": step,
         "examples": len(examples),

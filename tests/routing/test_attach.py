@@ -194,6 +194,7 @@ def test_a_pin_to_another_base(refused):
 
 def test_another_base_of_the_same_shapes_is_a_warning(llama, prompts):
     experts = {"tuned": small([Q], base="org/other-llama")}
+    llama.config._name_or_path = "org/llama"
     with pytest.warns(BaseWarning, match="tuned was trained on org/other-llama"):
         attach(llama, experts, Uniform.fit(experts)).detach()
 
