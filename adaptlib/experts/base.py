@@ -249,8 +249,8 @@ def check_fit(
     for module, shape in shapes.items():
         if base.modules[module] != shape:
             raise BaseMismatchError(
-                f"{name} does not fit {base.label}: {module} has shape {base.modules[module]} there, "
-                f"the expert has {shape}",
+                f"{name} does not fit {base.label}: {module} has shape {base.modules[module]} "
+                f"there, the expert has {shape}",
                 hint=f"it was trained on {pin.get('id') or 'another model'}; use that base model",
             )
     if pin.get("digest") and pin["digest"] != base.digest:

@@ -25,7 +25,6 @@ from adaptlib.errors import (
 from adaptlib.experts import base as bases
 from adaptlib.experts import index
 from adaptlib.experts.codec import (
-    SCHEMA,
     Manifest,
     Packed,
     assemble,
@@ -38,6 +37,7 @@ from adaptlib.experts.codec import (
 )
 from adaptlib.experts.index import Summary
 from adaptlib.experts.location import library_path
+from adaptlib.experts.names import RECORDS, children, expert_ref, record_ref
 from adaptlib.experts.sources import read_source
 from adaptlib.experts.tensors import parse_json
 from library_store import (
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from adaptlib.experts.expert import Expert
 
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{7,64}")
-RECORDS = ("clusterings", "routers")  # first parts of names that are kept for what is no expert
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Library(Mapping[str, "Expert"]):
 
     def log(self, name: str) -> list[LogEntry]:
         """Every move of a name's tags, oldest first."""
-        return self.store.log(_ref(name).name)
+        return self.store.log(expert_ref(name).name)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -212,7 +211,7 @@ class Library(Mapping[str, "Expert"]):
         that is on this machine.
         """
         packed, default_name, notes = read_source(source, base)
-        ref = _ref(name if name is not None else default_name)
+        ref = expert_ref(name if name is not None else default_name)
         before = self._expert_refs().get(ref)
         packed, checked = self._pinned(packed, str(ref), base)
         notes += checked
@@ -287,7 +286,7 @@ class Library(Mapping[str, "Expert"]):
         victims = self.removable(name)
         for victim, digest in victims.items():
             self._move(victim, None, expect=digest, reason="rm")
-        return str(victims.get(_ref(name)) or next(iter(victims.values())))
+        return str(victims.get(expert_ref(name)) or next(iter(victims.values())))
 
     def removable(self, name: str) -> dict[Ref, Digest]:
         """What `remove` would remove. Raises as it does, and changes nothing."""
@@ -298,7 +297,7 @@ class Library(Mapping[str, "Expert"]):
                 f"{name} is a digest, not a name; only names are removed",
                 hint=f"its names: adaptlib show {name}",
             )
-        ref = _ref(name)
+        ref = expert_ref(name)
         victims = {
             r: d for r, d in refs.items() if r == ref or (r.name == ref.name and ":" not in name)
         }
@@ -309,7 +308,7 @@ class Library(Mapping[str, "Expert"]):
     def rename(self, old: str, new: str) -> str:
         """Give an expert another name, with all its tags; its digest stays. ConflictError where
         the new name is taken."""
-        source, target = _ref(old), _ref(new)
+        source, target = expert_ref(old), expert_ref(new)
         refs = self._expert_refs()
         moved = {r: d for r, d in refs.items() if r.name == source.name}
         if ":" in old or ":" in new:
@@ -331,7 +330,7 @@ class Library(Mapping[str, "Expert"]):
 
     def tag(self, name: str, new: str, *, replace: bool = False) -> str:
         """Give an expert one more name, `name:tag` or another name."""
-        digest, ref = Digest.parse(self.digest(name)), _ref(new)
+        digest, ref = Digest.parse(self.digest(name)), expert_ref(new)
         before = self._expert_refs().get(ref)
         if before not in (None, digest) and not replace:
             raise ConflictError(
@@ -345,7 +344,7 @@ class Library(Mapping[str, "Expert"]):
     def save_record(self, kind: str, name: str, document: Mapping[str, Any]) -> str:
         """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
         `experts` maps names to digests, which gc then keeps."""
-        ref = _record(kind, name)
+        ref = record_ref(kind, name)
         digest = self.store.put(msgspec.json.encode(dict(document), order="sorted"))
         before = self.store.refs().get(ref)
         if before != digest:
@@ -354,11 +353,11 @@ class Library(Mapping[str, "Expert"]):
 
     def check_record_name(self, kind: str, name: str) -> None:
         """UsageError where `save_record` could not take this name."""
-        _record(kind, name)
+        record_ref(kind, name)
 
     def load_record(self, kind: str, name: str) -> dict[str, Any]:
         """A document kept by `save_record`."""
-        ref = _record(kind, name)
+        ref = record_ref(kind, name)
         digest = self.store.refs().get(ref)
         if digest is None:
             known = [
@@ -428,31 +427,3 @@ class Library(Mapping[str, "Expert"]):
             self.store.move(ref, new, expect=expect, reason=reason)
         except RefConflict as error:
             raise ConflictError(str(error), hint="look again: adaptlib list") from None
-
-
-def children(_: Digest, data: bytes) -> Iterator[Digest]:
-    """What a kept object refers to: a manifest its blob, a record its experts, a blob nothing."""
-    if not data.startswith(b'{"') or b"\0" in data[:8]:
-        return
-    document = parse_json("object", data)
-    if document.get("schema") == SCHEMA:
-        yield Digest.parse(document["blob"]["digest"])
-    elif isinstance(document.get("experts"), dict):
-        for digest in document["experts"].values():
-            yield Digest.parse(digest)
-
-
-def _record(kind: str, name: str) -> Ref:
-    if kind not in RECORDS:
-        raise UsageError(f"no kind of record {kind!r}; there are: {', '.join(RECORDS)}")
-    return _ref(f"{kind}/{name}", record=True)
-
-
-def _ref(name: str, *, record: bool = False) -> Ref:
-    try:
-        ref = Ref.parse(name)
-    except InvalidName as error:
-        raise UsageError(str(error), hint=error.hint) from None
-    if not record and ref.name.split("/")[0] in RECORDS:
-        raise UsageError(f"names under {ref.name.split('/')[0]}/ are kept for saved results")
-    return ref

@@ -185,8 +185,8 @@ def _check_kinds(
     for module in expert.deltas:
         if module in modules and module not in base.modules:
             raise BaseMismatchError(
-                f"{name} adapts {module}, which is {type(modules[module]).__name__} in {base.label}; "
-                "experts adapt nn.Linear and Conv1D"
+                f"{name} adapts {module}, which is {type(modules[module]).__name__} in "
+                f"{base.label}; experts adapt nn.Linear and Conv1D"
             )
 
 
