@@ -36,7 +36,7 @@ def gc(
         if json:
             out.document("gc", restored=count, removed=[], bytes=0)
         elif not quiet:
-            out.line(f"Restored  {count} objects")
+            out.line(f"Restored  {out.count(count, 'object')}")
         return
     result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
     removed = [str(digest) for digest in result.removed]
@@ -44,7 +44,7 @@ def gc(
         out.document("gc", id=result.id, removed=removed, bytes=result.bytes, dry_run=dry_run)
     elif not quiet:
         verb = "Would remove" if dry_run else "Removed"
-        out.line(f"{verb}  {len(removed)} objects, {out.size(result.bytes)}")
+        out.line(f"{verb}  {out.count(len(removed), 'object')}, {out.size(result.bytes)}")
         if removed and not dry_run:
             out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
 

@@ -63,4 +63,4 @@ def list_experts(
         ],
     )
     total = sum(s.bytes for _, s in summaries.values())
-    out.note(f"{len(summaries)} experts, {out.size(total)}")
+    out.note(f"{out.count(len(summaries), 'expert')}, {out.size(total)}")

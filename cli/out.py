@@ -70,6 +70,11 @@ def size(count: int) -> str:
     return ""
 
 
+def count(number: int, noun: str) -> str:
+    """`1 expert`, `2 experts`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def bar(share: float, width: int) -> str:
     """A bar of `width` cells for a share of 1; in ASCII where the terminal has no blocks."""
     if not unicode():

@@ -74,7 +74,7 @@ def route(
     fitted = _fit(router, loaded, top_k=top_k, temperature=temperature, mix=mix)
     effective = min(top_k, len(loaded)) if fitted.name == "arrow" else len(fitted.used)
     if fitted.name == "arrow" and effective < top_k:
-        out.note(f"Note: --top-k {top_k} is more than there are; all {effective} experts are mixed")
+        out.note(f"Note: --top-k {top_k} is more than there are; top-k is {effective}")
 
     from adaptlib.experts import base as bases
     from adaptlib.routing import attach

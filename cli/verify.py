@@ -43,7 +43,7 @@ def verify(
             if problem["hint"]:
                 out.line(f"  Next: {problem['hint']}")
         if not quiet:
-            count = len(problems)
-            out.line(f"{report.checked} objects checked, {count} problem{'s' * (count != 1)}")
+            checked = out.count(report.checked, "object")
+            out.line(f"{checked} checked, {out.count(len(problems), 'problem')}")
     if problems:
         raise typer.Exit(4)

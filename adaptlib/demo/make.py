@@ -23,6 +23,7 @@ from typing import Any
 
 MAX_LENGTH = 192  # tokens; a few long inputs of dbpedia are cut, and counted in their card
 KEEP_RATIO = 0.1
+MARGIN = 0.1  # exact match above chance and base that an expert needs to be bundled
 
 # Left out of the held-in tasks: arc_easy, openbookqa, social_iqa, mnli, winogrande and
 # fv_person_occupation, where words alone do not beat the majority and neither will 4 M parameters;
@@ -169,6 +170,26 @@ def make(unit: Unit, base: Path, tasks: Path, out: Path) -> dict[str, Any]:
     }
 
 
+def install(out: Path, base: Path, tasks: Path, bundle: Path) -> None:
+    """Put the base model and the experts that learned something into `bundle`, and say which did
+    not: those less than `MARGIN` above both the base model and the commonest answer."""
+    facts = {row["name"]: row for row in json.loads((tasks.parent / "tasks.json").read_text())}
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    for part in ("base", "experts"):
+        shutil.rmtree(bundle / part, ignore_errors=True)
+        (bundle / part).mkdir(parents=True)
+    for file in base.iterdir():
+        shutil.copyfile(file, bundle / "base" / file.name)
+    for line in sorted(lines, key=lambda line: line["name"]):
+        floor = max(line["base"], facts[line["task"]]["majority_test"])
+        if line["expert"] < floor + MARGIN:
+            print(f"dropped {line['name']}: {line['expert']:.3f}, chance or base {floor:.3f}")
+            continue
+        shutil.copytree(out / "experts" / line["name"], bundle / "experts" / line["name"])
+    size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+    print(f"{len(list((bundle / 'experts').iterdir()))} experts, {size / 1e6:.1f} MB in {bundle}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -176,6 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], help="names of units; all without it")
+    parser.add_argument("--install", type=Path, help="then put what is worth it into this folder")
     args = parser.parse_args()
     for path in (args.base / "tokenizer.json", args.data / "tasks.tar.xz"):
         if not path.is_file():
@@ -211,6 +233,8 @@ def main() -> None:
             )
     if failed:
         raise SystemExit(f"{failed} experts failed; run again to try those once more")
+    if args.install:
+        install(args.out, args.base, tasks, args.install)
 
 
 if __name__ == "__main__":

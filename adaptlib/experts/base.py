@@ -162,6 +162,15 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
         raise NotFoundError(
             f"no base model at {name_or_path}", hint="say where it is: --model DIRECTORY"
         )
+    if where is None:
+        from adaptlib.experts.hub import check_model
+
+        try:
+            check_model(name_or_path, revision=revision)
+        except (RemoteError, NotFoundError) as error:
+            raise type(error)(
+                f"{error}; and it is not on this machine", hint="say where it is: --model DIRECTORY"
+            ) from error
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer

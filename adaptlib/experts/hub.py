@@ -105,6 +105,15 @@ def fetch(spec: str) -> Fetched:
     return Fetched(directory, repo, commit, subfolder)
 
 
+def check_model(name: str, *, revision: str | None = None) -> None:
+    """Ask the hub once whether it has a model: NotFoundError where not, RemoteError where nobody
+    answers. Without it, transformers tries for a minute before it says so."""
+    from huggingface_hub import HfApi
+
+    with _said_as_ours(f"the base model {name}"):
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+
+
 def _wanted(spec: str, prefix: str, files: "Mapping[str, RepoSibling]") -> "dict[str, RepoSibling]":
     """The files of one adapter in the listing of a repository, by their last name."""
     here = {name: files[prefix + name] for name in _WANTED if prefix + name in files}

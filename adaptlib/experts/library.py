@@ -207,7 +207,8 @@ class Library(Mapping[str, "Expert"]):
         value. Nothing changes in the library unless all of it succeeds.
 
         The name is taken from the source where none is given. A name that points to another expert
-        is a ConflictError unless `replace`. The expert is checked against its base model where
+        is a ConflictError unless `replace`, or unless it is this one, added before its base model
+        was here to be pinned. The expert is checked against its base model where
         that is on this machine.
         """
         packed, default_name, notes = read_source(source, base)
@@ -221,21 +222,23 @@ class Library(Mapping[str, "Expert"]):
         check_structure(str(ref), packed)
         check_content(str(ref), packed)
         digest = self._keep(packed, ref, before, replace=replace)
+        if before not in (None, digest) and not replace:
+            notes.append(f"{ref}: the same expert as before, now pinned to its base model")
         return Added(str(ref), str(digest), self._manifest(digest), before != digest, tuple(notes))
 
     def _keep(self, packed: Packed, ref: Ref, before: Digest | None, *, replace: bool) -> Digest:
         # What can be refused is refused before anything is put, so a taken name costs a hash.
-        hashed = hashlib.sha256()
         if before is not None and not replace:
+            hashed = hashlib.sha256()
             for piece in packed.blob():
                 hashed.update(piece)
-        data = encode_manifest(str(ref), packed.manifest(f"sha256:{hashed.hexdigest()}"))
-        if before is not None and before != Digest.of(data) and not replace:
-            raise ConflictError(
-                f"the name {ref} is taken by {before.short}; this expert is "
-                f"{Digest.of(data).short}",
-                hint=f"give another name, a tag ({ref.name}:v2), or --replace",
-            )
+            new = packed.manifest(f"sha256:{hashed.hexdigest()}")
+            if self._manifest(before) not in (new, _unpinned(new)):
+                raise ConflictError(
+                    f"the name {ref} is taken by {before.short}; this expert is "
+                    f"{Digest.of(encode_manifest(str(ref), new)).short}",
+                    hint=f"give another name, a tag ({ref.name}:v2), or --replace",
+                )
         manifest = packed.manifest(str(self.store.put(packed.blob())))
         digest = self.store.put(encode_manifest(str(ref), manifest))
         if digest != before:
@@ -427,3 +430,9 @@ class Library(Mapping[str, "Expert"]):
             self.store.move(ref, new, expect=expect, reason=reason)
         except RefConflict as error:
             raise ConflictError(str(error), hint="look again: adaptlib list") from None
+
+
+def _unpinned(manifest: Manifest) -> Manifest:
+    """The manifest as it is where the base model is not on the machine."""
+    pin = dict(manifest.card["base"]) | {"revision": None, "digest": None}
+    return msgspec.structs.replace(manifest, card={**manifest.card, "base": pin})

@@ -138,6 +138,20 @@ def test_add_pins_the_base_that_is_at_hand(
     assert library["told"].base == str(tmp_path / "model")
 
 
+def test_an_expert_is_pinned_when_it_is_added_again_with_its_base(
+    library: Library, tmp_path: Path, save_llama: Any
+) -> None:
+    expert = llama_expert(str(tmp_path / "later"))
+    early = library.add(expert, "one")
+    save_llama(tmp_path / "later")
+    again = library.add(expert, "one")
+    assert again.digest != early.digest
+    assert "now pinned" in again.notes[-1]
+    assert library.add(expert, "one").new is False
+    with pytest.raises(ConflictError):
+        library.add(expert, "one", task="another card")
+
+
 @pytest.mark.parametrize(
     ("expert", "words"),
     [
