@@ -228,6 +228,7 @@ class Library(Mapping[str, "Expert"]):
 
     def _keep(self, packed: Packed, ref: Ref, before: Digest | None, *, replace: bool) -> Digest:
         # What can be refused is refused before anything is put, so a taken name costs a hash.
+        encode_manifest(str(ref), packed.manifest(str(Digest.of(b""))))
         if before is not None and not replace:
             hashed = hashlib.sha256()
             for piece in packed.blob():

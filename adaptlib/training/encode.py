@@ -74,17 +74,22 @@ def prompt_ids(
         ids = list(tokenizer(prompt(instruction, some)).input_ids)
         return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
-    ids, cut = encode(text), False
+    ids = encode(text)
+    if len(ids) <= room:
+        return ids, False
+    inner = tokenizer(text, add_special_tokens=False).input_ids
+    kept = len(inner)
     while len(ids) > room:
-        inner = tokenizer(text, add_special_tokens=False).input_ids
-        if not inner:
+        if kept == 0:
             raise UsageError(
                 f"the instruction alone takes {len(ids)} tokens; there is room for {room}",
                 hint="a shorter instruction, or a larger max_length",
             )
-        text = str(tokenizer.decode(inner[: max(0, len(inner) - (len(ids) - room))]))
-        ids, cut = encode(text), True
-    return ids, cut
+        # A cut inside a character decodes to U+FFFD, which takes more tokens than were cut off: so
+        # what is kept shrinks at every turn, whatever the new text takes.
+        kept = max(0, kept - (len(ids) - room))
+        ids = encode(str(tokenizer.decode(inner[:kept])).rstrip("\ufffd"))
+    return ids, True
 
 
 def encode_rows(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptlib.errors import CorruptError, NotFoundError, UsageError
-from adaptlib.training.encode import IGNORED, batches, encode_rows
+from adaptlib.training.encode import IGNORED, batches, encode_rows, prompt_ids
 from adaptlib.training.tasks import Row, Task, answer, prompt, read_task
 
 GOOD = '{"split": "train", "input": "a", "output": "b"}\n'
@@ -119,3 +119,15 @@ def test_a_long_input_is_cut_counted_and_still_asks(tokenizer) -> None:
     assert text.endswith("\nAnswer: no")
     with pytest.raises(UsageError, match="instruction alone"):
         encode_rows(tokenizer, Task("t", "Is it? " * 20, {"train": rows}), rows, max_length=64)
+
+
+@pytest.mark.parametrize(
+    "text", ["é" * 200, "\U0001f600" * 90, "plain words " * 30], ids=["two", "four", "one"]
+)
+@pytest.mark.parametrize("room", range(40, 48))
+def test_a_cut_inside_a_character_ends(tokenizer, text: str, room: int) -> None:
+    """Half a character decodes to U+FFFD, which takes more tokens than were cut off."""
+    ids, cut = prompt_ids(tokenizer, "Do.", text, room=room)
+    assert cut
+    assert room - 8 < len(ids) <= room
+    assert tokenizer.decode(ids).endswith("\nAnswer:")
