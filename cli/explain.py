@@ -4,7 +4,7 @@ from typing import Any
 
 from . import out
 
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 SHADES = " ░▒▓█"
 ASCII_SHADES = " .:+#"
 
@@ -19,7 +19,7 @@ def print_explanation(details: dict[str, Any]) -> None:
     for layer in layers:
         for entry in layer["experts"]:
             totals[entry["name"]] = totals.get(entry["name"], 0.0) + entry["weight"] / len(layers)
-    ranked = sorted(totals, key=lambda name: -totals[name])[: len(COLOURS)]
+    ranked = sorted(totals, key=lambda name: (-totals[name], name))[: len(COLOURS)]
     style = {name: COLOURS[i] for i, name in enumerate(ranked)}
     letter = {name: chr(ord("a") + i) for i, name in enumerate(ranked)}
     console = out.console()
@@ -33,13 +33,11 @@ def print_explanation(details: dict[str, Any]) -> None:
         strip.append(piece, style=f"reverse {style.get(name, 'dim')}")
         marks.append(f"{piece}[{letter.get(name, '-')}]")
     console.print(marks if plain else strip)
-    key = Text("  ")
     for name in ranked:
-        key.append(f"{letter[name]} ", style="bold")
-        key.append(name, style=f"reverse {style[name]}")
-        key.append("  ")
-    key.append("- another", style="dim")
-    console.print(key)
+        console.print(
+            Text(f"  {letter[name]} ", style="bold").append(name, style=f"reverse {style[name]}")
+        )
+    console.print(Text("  - another", style="dim"))
     console.print()
     console.print(Text("Share of the routing weight, by layer", style="bold"))
     shades = SHADES if out.unicode() else ASCII_SHADES

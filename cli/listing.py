@@ -44,17 +44,15 @@ def list_experts(
             ("NAME", "left"),
             ("KIND", "left"),
             ("RANK", "right"),
-            ("MODULES", "right"),
             ("SIZE", "right"),
             ("DIGEST", "left"),
-            ("BASE", "left"),
+            ("BASE", "cut"),
         ],
         [
             [
                 name,
                 s.kind,
                 str(s.rank or ""),
-                str(s.modules),
                 out.size(s.bytes),
                 digest.removeprefix("sha256:")[:7],
                 s.base,

@@ -42,21 +42,24 @@ def plain(text: str) -> str:
 
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:
-    """A table without lines. A column is (heading, "left", "right" or "fold"): columns marked
-    `fold` give way when the terminal is narrow."""
+    """A table without lines. A column is (heading, how): `left` and `right` are shown whole; where
+    the terminal is narrow, `cut` loses its end and `fold` goes on in the next line."""
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading, how in columns:
+    cells = [[plain(cell) for cell in row] for row in rows]
+    for i, (heading, how) in enumerate(columns):
+        whole = max(len(text) for text in (heading, *(row[i] for row in cells)))
         grid.add_column(
             heading,
             justify="right" if how == "right" else "left",
             no_wrap=how != "fold",
             overflow="fold" if how == "fold" else "ellipsis",
+            min_width=whole if how in ("left", "right") else None,
         )
-    for row in rows:
-        grid.add_row(*[Text(plain(cell)) for cell in row])
+    for row in cells:
+        grid.add_row(*map(Text, row))
     console().print(grid)
 
 
