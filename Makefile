@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-export INSTRUCTION ?= Name the intent of the request.
-export PROMPT      ?= my card was declined at the shop, what now?
+export INSTRUCTION ?= Is the first name female or male?
+export PROMPT      ?= Margaret
 
 # Without an NVIDIA GPU, torch is held to a release that has a CPU build; see README, "Install".
 GPU  := $(wildcard /proc/driver/nvidia/version /dev/nvidia0)

@@ -55,6 +55,14 @@ def test_each_card_says_how_to_make_it_again_and_what_it_is_worth(experts):
         assert all(tensor.dtype in ("BF16", "I32") for tensor in expert.tensors.values()), name
 
 
+def test_generation_ends_at_the_tokenizers_eos():
+    from adaptlib.experts.base import load
+
+    model, tokenizer = load(DEMO_BASE)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
 def test_an_expert_changes_the_answer_of_the_base():
     from adaptlib import Named, attach
     from adaptlib.demo import experts

@@ -136,7 +136,8 @@ def start(data: Path) -> tuple[Any, dict[str, int]]:
 def save_model(model: Any, special: dict[str, int], data: Path, directory: Path) -> None:
     """Write the model in bfloat16 with its tokenizer, as `from_pretrained` wants them."""
     for settings in (model.config, model.generation_config):
-        settings.update({"bos_token_id": None, **special})
+        for name, value in {"bos_token_id": None, **special}.items():
+            setattr(settings, name, value)
     model.to(torch.bfloat16).save_pretrained(directory)
     shutil.copy(data / "tokenizer" / "tokenizer.json", directory / "tokenizer.json")
     settings = {
