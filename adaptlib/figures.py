@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from adaptlib.errors import NotFoundError, UsageError
+from adaptlib.paths import check_path
 
 # Six colours of Okabe and Ito, which every kind of colour vision tells apart, and two darker ones.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3f95", "#4d4d4d")
@@ -18,18 +18,10 @@ DPI = 130
 def save_figure(draw: Callable[[], Figure], path: str | Path) -> Path:
     """Write the figure that `draw` makes as .svg or .png, by the suffix of `path`.
 
-    Raises UsageError on another suffix and NotFoundError where the directory is not there, both
-    before anything is drawn.
+    Raises what `check_path` raises, before anything is drawn.
     """
-    path = Path(path)
+    path = check_path(path)
     suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise UsageError(
-            f"a figure is an .svg or a .png file; got {str(path)!r}",
-            hint=f"write to {(path.stem or 'figure') + '.svg'}",
-        )
-    if not path.parent.is_dir():
-        raise NotFoundError(f"the directory {str(path.parent)!r} of the figure is not there")
     metadata: dict[str, Any] = (
         {"Date": None, "Creator": "adaptlib"} if suffix == ".svg" else {"Software": None}
     )

@@ -44,11 +44,18 @@ def add(
             hint="add them one by one, or leave --name out",
         )
     opened = Library.open(library)
-    entries = []
-    for source in sources:
-        added = opened.add(
-            source, name, base=base, task=task, description=description, replace=replace
+    if len(sources) == 1:
+        kept = [
+            opened.add(
+                sources[0], name, base=base, task=task, description=description, replace=replace
+            )
+        ]
+    else:
+        kept = opened.add_all(
+            sources, base=base, task=task, description=description, replace=replace
         )
+    entries = []
+    for added in kept:
         manifest = added.manifest
         entries.append(
             {

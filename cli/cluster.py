@@ -7,6 +7,7 @@ import typer
 
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption, words
+from .selection import one_base, select
 
 EXAMPLES = (
     "adaptlib cluster --k 10",
@@ -26,6 +27,9 @@ def cluster(
     experts: Annotated[
         list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")
     ] = None,
+    only_base: Annotated[
+        str | None, typer.Option("--base", metavar="ID", help="Only experts of this base model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clusters.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw a map: .svg or .png.")] = None,
     save: Annotated[str | None, typer.Option(help="Keep it in the library by this name.")] = None,
@@ -34,29 +38,35 @@ def cluster(
     quiet: QuietOption = False,
 ) -> None:
     """Group experts by the similarity of their parameters (MBC)."""
-    from adaptlib.errors import NotFoundError, UsageError
+    from adaptlib.errors import UsageError
     from adaptlib.experts import Library
+    from adaptlib.experts.records import check_record_name, save_record
+    from adaptlib.paths import check_path
 
+    if plot is not None:
+        check_path(plot)
     opened = Library.open(library)
-    names = list(dict.fromkeys(words(experts))) or list(opened)
-    if not names:
-        raise NotFoundError("the library is empty", hint="adaptlib add SOURCE")
+    names = select(opened, words(experts), only_base)
+    one_base(opened, names)
     count = _count(k, len(names))
     if save is not None:
-        opened.check_record_name("clusterings", save)
+        check_record_name("clusterings", save)
     digests = {name: opened.digest(name) for name in names}
 
     from adaptlib import clustering
 
     if method not in clustering.CLUSTERINGS:
         known = ", ".join(clustering.CLUSTERINGS)
-        raise UsageError(f"no clustering method {method!r}; there are: {known}")
+        raise UsageError(
+            f"no clustering method {method!r}; there are: {known}", hint="--method mbc"
+        )
     loaded = {name: opened[name] for name in names}
     result = clustering.cluster(loaded, method=method, k=count, seed=seed)
     if plot is not None:
         clustering.plot_map(result, plot)
     if save is not None:
-        opened.save_record(
+        save_record(
+            opened.store,
             "clusterings",
             save,
             {
@@ -98,7 +108,7 @@ def cluster(
     if plot is not None:
         out.note(f"Drew {plot}")
     if save is not None:
-        out.note(f"Saved as {save}")
+        out.note(f"Saved  (adaptlib show clusterings/{save})")
 
 
 def _count(k: str | None, experts: int) -> "int | Literal['auto']":
@@ -109,5 +119,7 @@ def _count(k: str | None, experts: int) -> "int | Literal['auto']":
     if k == "auto":
         return "auto"
     if not k.isdecimal() or int(k) < 1:
-        raise UsageError(f"--k wants a whole number from 1 to {experts}, or auto; got {k!r}")
+        raise UsageError(
+            f"--k wants a whole number from 1 to {experts}, or auto; got {k!r}", hint="--k auto"
+        )
     return int(k)

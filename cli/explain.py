@@ -30,6 +30,7 @@ def print_explanation(details: dict[str, Any]) -> None:
     for token in tokens:
         name = token["expert"]
         piece = token["token"].replace("\n", "\u23ce" if out.unicode() else "\\n")
+        piece = out.plain(piece)
         strip.append(piece, style=f"reverse {style.get(name, 'dim')}")
         marks.append(f"{piece}[{letter.get(name, '-')}]")
     console.print(marks if plain else strip)

@@ -50,7 +50,7 @@ def list_experts(
         ],
         [
             [
-                name,
+                out.cut(name, 40),
                 s.kind,
                 str(s.rank or ""),
                 out.size(s.bytes),

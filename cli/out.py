@@ -78,8 +78,16 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def cut(text: str, width: int) -> str:
+    """Text of at most `width` characters; where it is longer, its head and tail."""
+    if len(text) <= width:
+        return text
+    return f"{text[: width // 2 - 1]}..{text[-(width - width // 2 - 1) :]}"
+
+
 def bar(share: float, width: int) -> str:
     """A bar of `width` cells for a share of 1; in ASCII where the terminal has no blocks."""
+    width = max(0, width)
     if not unicode():
         return "#" * round(share * width)
     eighths = round(share * width * 8)

@@ -9,6 +9,7 @@ import typer
 
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption, words
+from .selection import one_base, select
 
 if TYPE_CHECKING:
     from adaptlib.experts import Expert
@@ -29,13 +30,18 @@ def route(
     router: Annotated[
         str, typer.Option(help="arrow, uniform, or named:EXPERT for one alone.")
     ] = "arrow",
-    top_k: Annotated[int, typer.Option(help="Experts a token, at each module.")] = 4,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts a token, at each module; 4, or all if fewer.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen.")] = 1.0,
     mix: Annotated[
         str, typer.Option(help="outputs (sum of updates) or factors (the paper's code).")
     ] = "outputs",
     experts: Annotated[
         list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")
+    ] = None,
+    only_base: Annotated[
+        str | None, typer.Option("--base", metavar="ID", help="Only experts of this base model.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base model, where it is not where the cards say.")
@@ -51,44 +57,49 @@ def route(
     quiet: QuietOption = False,
 ) -> None:
     """Choose experts for an input, per token and module, without training (Arrow)."""
-    from adaptlib.errors import NotFoundError, UsageError
+    from adaptlib.errors import UsageError
     from adaptlib.experts import Library
+    from adaptlib.paths import check_path
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='adaptlib route --prompt "some text"')
-    if top_k < 1 or max_new_tokens < 1:
-        raise UsageError(
-            f"--top-k and --max-new-tokens are 1 or more; got {top_k}, {max_new_tokens}"
-        )
+    for option, count in (("--top-k", top_k), ("--max-new-tokens", max_new_tokens)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 4")
+    if plot is not None:
+        check_path(plot)
     if mix not in ("outputs", "factors"):
-        raise UsageError(f"--mix is outputs or factors; got {mix!r}")
+        raise UsageError(f"--mix is outputs or factors; got {mix!r}", hint="--mix outputs")
     opened = Library.open(library)
-    names = words(experts) or list(opened)
-    if not names:
-        raise NotFoundError(
-            "the library is empty, so there is nothing to route to",
-            hint="adaptlib add SOURCE, or adaptlib init --demo",
-        )
-    loaded = {name: opened[name] for name in names}
-    fitted = _fit(router, loaded, top_k=top_k, temperature=temperature, mix=mix)
-    effective = min(top_k, len(loaded)) if fitted.name == "arrow" else len(fitted.used)
-    if fitted.name == "arrow" and effective < top_k:
-        out.note(f"Note: --top-k {top_k} is more than there are; top-k is {effective}")
+    which = router.partition(":")[2]
+    chosen = select(opened, [which] if which else words(experts), only_base)
+    base_id, revision = one_base(opened, chosen)
+    loaded = {name: opened[name] for name in chosen}
+    fitted = _fit(router, loaded, top_k=top_k or 4, temperature=temperature, mix=mix)
+    effective = min(top_k or 4, len(loaded)) if fitted.name == "arrow" else len(fitted.used)
+    notes = []
+    if fitted.name == "arrow" and top_k is not None and effective < top_k:
+        notes.append(f"--top-k {top_k} is more than there are; top-k is {effective}")
+    if not json:
+        for text_ in notes:
+            out.note(f"Note: {text_}")
+
+    import torch
 
     from adaptlib.experts import base as bases
     from adaptlib.routing import attach
 
-    base, tokenizer = bases.load(model or _base(loaded), revision=None)
+    base, tokenizer = bases.load(model or base_id, revision=None if model else revision)
     if instruction is not None:
         from adaptlib.training import prompt as asked
 
         text = asked(instruction, text)
     ids = _encode(tokenizer, text, base)
-    with attach(base, loaded, fitted) as routed:
+    with torch.inference_mode(), attach(base, loaded, fitted) as routed:
         with routed.record() as trace:
             routed(**ids)
-        shares = trace.shares()
+        shares = {name: weight for name, weight in trace.shares().items() if weight > 0}
         if not json:
             _print_shares(shares, fitted.name, effective, quiet=quiet)
         details = _details(trace, tokenizer, ids) if explain or plot else None
@@ -110,6 +121,7 @@ def route(
             "top_k": effective,
             "mix": fitted.mix,
             "experts": [{"name": name, "weight": weight} for name, weight in shares.items()],
+            "notes": notes,
         }
         if answer is not None:
             fields["text"] = answer
@@ -126,7 +138,9 @@ def _fit(
 
     name, _, which = router.partition(":")
     if name not in ROUTERS:
-        raise UsageError(f"no router {name!r}; there are: {', '.join(ROUTERS)}")
+        raise UsageError(
+            f"no router {name!r}; there are: {', '.join(ROUTERS)}", hint="--router arrow"
+        )
     if (ROUTERS[name] is Named) != bool(which):
         raise UsageError(
             f"--router {router}: named takes the expert's name, others take none",
@@ -139,25 +153,10 @@ def _fit(
     return ROUTERS[name].fit(experts, mix=mix)
 
 
-def _base(experts: "dict[str, Expert]") -> str:
-    from adaptlib.errors import UsageError
-
-    bases: dict[str, list[str]] = {}
-    for name, expert in experts.items():
-        bases.setdefault(expert.base, []).append(name)
-    if len(bases) > 1:
-        parts = [f"{base} ({len(names)}: {names[0]}, ...)" for base, names in bases.items()]
-        raise UsageError(
-            f"these experts are for {len(bases)} base models: {'; '.join(parts)}",
-            hint="choose those of one base model: --experts a,b,c",
-        )
-    return next(iter(bases))
-
-
 def _encode(tokenizer: Any, text: str, base: Any) -> Any:
     from adaptlib.errors import UsageError
 
-    ids = tokenizer(text, return_tensors="pt").to(base.device)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).to(base.device)
     ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
     length = ids["input_ids"].shape[1]
     if not length:
@@ -167,7 +166,7 @@ def _encode(tokenizer: Any, text: str, base: Any) -> Any:
         raise UsageError(
             f"the prompt has {length} tokens; {base.config.model_type} takes {context - 1} and one "
             "to answer",
-            hint="shorten it",
+            hint=f"leave out at least {length - context + 1} tokens of it",
         )
     return ids
 
@@ -178,12 +177,12 @@ def _print_shares(shares: dict[str, float], router: str, top_k: int, *, quiet: b
             out.line(name)
         return
     shown = dict(list(shares.items())[:10])
-    width = max(len(name) for name in shown)
+    width = min(40, max(len(name) for name in shown))
     top = max(shown.values())
     out.line(f"{router}, top {top_k}: each expert's share of the routing weight")
     for name, weight in shown.items():
         bar = out.bar(weight / top if top else 0.0, 80 - width - 12)
-        out.line(f"  {name:<{width}}  {weight:6.1%}  {bar}")
+        out.line(f"  {out.cut(name, width):<{width}}  {weight:6.1%}  {bar}")
     if rest := len(shares) - len(shown):
         left = sum(list(shares.values())[10:])
         out.line(f"  {f'{rest} others':<{width}}  {left:6.1%}")
@@ -191,7 +190,7 @@ def _print_shares(shares: dict[str, float], router: str, top_k: int, *, quiet: b
 
 def _details(trace: Any, tokenizer: Any, ids: Any) -> dict[str, Any]:
     """By token and by layer, who was chosen, as plain data."""
-    pieces = [tokenizer.decode([i]) for i in ids["input_ids"][0].tolist()]
+    pieces = _pieces(tokenizer, ids["input_ids"][0].tolist())
     by_token, names = trace.tokens(), list(trace.experts)
     by_layer: dict[int | str, list[tuple[float, ...]]] = {}
     for module, weights in trace.layers().items():
@@ -214,8 +213,25 @@ def _details(trace: Any, tokenizer: Any, ids: Any) -> dict[str, Any]:
     return {"tokens": tokens, "layers": layers}
 
 
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token; a character of several tokens stands at the last of them."""
+    pieces, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        whole = not text.endswith("\ufffd") or end == len(ids)
+        pieces.append(text if whole else "")
+        start = end if whole else start
+    return pieces
+
+
 def _generate(routed: Any, tokenizer: Any, ids: Any, limit: int, *, stream: bool) -> str:
     from transformers import TextStreamer
+
+    class Plain(TextStreamer):
+        """Writes what a model says without what would steer the terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(out.plain(text), stream_end)
 
     length = ids["input_ids"].shape[1]
     context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
@@ -223,7 +239,7 @@ def _generate(routed: Any, tokenizer: Any, ids: Any, limit: int, *, stream: bool
     if stream:
         out.line()
         sys.stdout.flush()
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Plain(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = routed.generate(
         **ids,
         max_new_tokens=limit,

@@ -14,15 +14,21 @@ EXAMPLES = ("adaptlib show sql", "adaptlib show sql --json")
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A name, name:tag or digest.")],
+    name: Annotated[str, typer.Argument(help="A name, name:tag or digest; clusterings/NAME.")],
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show an expert: its card, base model and modules."""
     from adaptlib.experts.library import Library
+    from adaptlib.experts.names import RECORDS
+    from adaptlib.experts.records import load_record
 
     opened = Library.open(library)
+    kind, _, saved = name.partition("/")
+    if kind in RECORDS and saved:
+        _show_record(load_record(opened.store, kind, saved), name, json=json)
+        return
     digest, manifest = opened.digest(name), opened.manifest(name)
     names = [ref for ref, held in opened.tags().items() if held == digest]
     if json:
@@ -57,6 +63,20 @@ def show(
             ("SCALE", "right"),
         ],
         _groups(manifest.modules),
+    )
+
+
+def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
+    """A saved clustering: what it was made from, and its groups."""
+    if json:
+        out.document("show", name=name, record=document)
+        return
+    clusters = document.get("clusters", {})
+    what = ", ".join(f"{key} {document[key]}" for key in ("method", "k", "seed", "features"))
+    out.line(f"{name}: {what}, {out.count(len(document['experts']), 'expert')}")
+    out.table(
+        [("CLUSTER", "left"), ("SIZE", "right"), ("EXPERTS", "fold")],
+        [[label, str(len(names)), ", ".join(names)] for label, names in clusters.items()],
     )
 
 

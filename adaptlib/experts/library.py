@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,9 +37,8 @@ from adaptlib.experts.codec import (
 )
 from adaptlib.experts.index import Summary
 from adaptlib.experts.location import library_path
-from adaptlib.experts.names import RECORDS, children, expert_ref, record_ref
+from adaptlib.experts.names import RECORDS, children, expert_ref, move_ref
 from adaptlib.experts.sources import read_source
-from adaptlib.experts.tensors import parse_json
 from library_store import (
     AmbiguousDigest,
     Digest,
@@ -51,7 +50,6 @@ from library_store import (
     ObjectNotFound,
     Problem,
     Ref,
-    RefConflict,
     Report,
     Store,
 )
@@ -71,6 +69,16 @@ class Added:
     digest: str
     manifest: Manifest
     new: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A source that was read and checked: what to keep, under which name, and what has it now."""
+
+    packed: Packed
+    ref: Ref
+    before: Digest | None
     notes: tuple[str, ...]
 
 
@@ -211,6 +219,44 @@ class Library(Mapping[str, "Expert"]):
         was here to be pinned. The expert is checked against its base model where
         that is on this machine.
         """
+        prepared = self._prepare(
+            source, name, base=base, task=task, description=description, replace=replace
+        )
+        return self._keep(prepared)
+
+    def add_all(
+        self,
+        sources: Sequence[str | Path],
+        *,
+        base: str | None = None,
+        task: str | None = None,
+        description: str | None = None,
+        replace: bool = False,
+    ) -> list[Added]:
+        """`add` for several sources: all of them are read and checked before any is kept."""
+        options = {"base": base, "task": task, "description": description, "replace": replace}
+        prepared = [self._prepare(source, None, **options) for source in sources]
+        seen: dict[Ref, str | Path] = {}
+        for source, one in zip(sources, prepared, strict=True):
+            if one.ref in seen:
+                raise ConflictError(
+                    f"{seen[one.ref]} and {source} would both be named {one.ref}",
+                    hint=f"adaptlib add {source} --name OTHER",
+                )
+            seen[one.ref] = source
+        return [self._keep(one) for one in prepared]
+
+    def _prepare(
+        self,
+        source: "str | Path | Expert | Packed",
+        name: str | None,
+        *,
+        base: str | None,
+        task: str | None,
+        description: str | None,
+        replace: bool,
+    ) -> "_Prepared":
+        """Everything of `add` that can fail for what the source is; keeps nothing."""
         packed, default_name, notes = read_source(source, base)
         ref = expert_ref(name if name is not None else default_name)
         before = self._expert_refs().get(ref)
@@ -221,12 +267,6 @@ class Library(Mapping[str, "Expert"]):
         packed = dataclasses.replace(packed, card=card)
         check_structure(str(ref), packed)
         check_content(str(ref), packed)
-        digest = self._keep(packed, ref, before, replace=replace)
-        if before not in (None, digest) and not replace:
-            notes.append(f"{ref}: the same expert as before, now pinned to its base model")
-        return Added(str(ref), str(digest), self._manifest(digest), before != digest, tuple(notes))
-
-    def _keep(self, packed: Packed, ref: Ref, before: Digest | None, *, replace: bool) -> Digest:
         # What can be refused is refused before anything is put, so a taken name costs a hash.
         encode_manifest(str(ref), packed.manifest(str(Digest.of(b""))))
         if before is not None and not replace:
@@ -240,13 +280,19 @@ class Library(Mapping[str, "Expert"]):
                     f"{Digest.of(encode_manifest(str(ref), new)).short}",
                     hint=f"give another name, a tag ({ref.name}:v2), or --replace",
                 )
+            if self._manifest(before) != new:
+                notes.append(f"{ref}: the same expert as before, now pinned to its base model")
+        return _Prepared(packed, ref, before, tuple(notes))
+
+    def _keep(self, prepared: "_Prepared") -> Added:
+        packed, ref, before = prepared.packed, prepared.ref, prepared.before
         manifest = packed.manifest(str(self.store.put(packed.blob())))
         digest = self.store.put(encode_manifest(str(ref), manifest))
         if digest != before:
-            self._move(ref, digest, expect=before, reason="add")
+            move_ref(self.store, ref, digest, expect=before, reason="add")
         if self.path:
             index.write(self.path / "index.db", {str(digest): Summary.of(manifest)})
-        return digest
+        return Added(str(ref), str(digest), manifest, before != digest, prepared.notes)
 
     def _pinned(self, packed: Packed, name: str, base: str | None) -> tuple[Packed, list[str]]:
         """The expert with its base pinned in the card, checked where the base is at hand."""
@@ -289,7 +335,7 @@ class Library(Mapping[str, "Expert"]):
         until `gc`. Returns the digest it had."""
         victims = self.removable(name)
         for victim, digest in victims.items():
-            self._move(victim, None, expect=digest, reason="rm")
+            move_ref(self.store, victim, None, expect=digest, reason="rm")
         return str(victims.get(expert_ref(name)) or next(iter(victims.values())))
 
     def removable(self, name: str) -> dict[Ref, Digest]:
@@ -327,9 +373,9 @@ class Library(Mapping[str, "Expert"]):
             if taken in pairs.values() or (len(pairs) > 1 and taken.name == target.name):
                 raise ConflictError(f"the name {taken} is taken", hint=f"adaptlib rm {taken}")
         for r, digest in moved.items():
-            self._move(pairs[r], digest, expect=None, reason=f"mv from {r}")
+            move_ref(self.store, pairs[r], digest, expect=None, reason=f"mv from {r}")
         for r, digest in moved.items():
-            self._move(r, None, expect=digest, reason=f"mv to {pairs[r]}")
+            move_ref(self.store, r, None, expect=digest, reason=f"mv to {pairs[r]}")
         return str(next(iter(moved.values())))
 
     def tag(self, name: str, new: str, *, replace: bool = False) -> str:
@@ -342,35 +388,8 @@ class Library(Mapping[str, "Expert"]):
                 hint="add --replace to move it",
             )
         if before != digest:
-            self._move(ref, digest, expect=before, reason=f"tag of {name}")
+            move_ref(self.store, ref, digest, expect=before, reason=f"tag of {name}")
         return str(digest)
-
-    def save_record(self, kind: str, name: str, document: Mapping[str, Any]) -> str:
-        """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
-        `experts` maps names to digests, which gc then keeps."""
-        ref = record_ref(kind, name)
-        digest = self.store.put(msgspec.json.encode(dict(document), order="sorted"))
-        before = self.store.refs().get(ref)
-        if before != digest:
-            self._move(ref, digest, expect=before, reason=f"save {kind}")
-        return str(digest)
-
-    def check_record_name(self, kind: str, name: str) -> None:
-        """UsageError where `save_record` could not take this name."""
-        record_ref(kind, name)
-
-    def load_record(self, kind: str, name: str) -> dict[str, Any]:
-        """A document kept by `save_record`."""
-        ref = record_ref(kind, name)
-        digest = self.store.refs().get(ref)
-        if digest is None:
-            known = [
-                str(r).split("/", 1)[1] for r in self.store.refs() if r.name.startswith(f"{kind}/")
-            ]
-            raise NotFoundError(
-                f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}"
-            )
-        return parse_json(str(ref), self.store.get(digest))
 
     # -- upkeep -------------------------------------------------------------------------------
 
@@ -425,12 +444,6 @@ class Library(Mapping[str, "Expert"]):
 
     def _manifest(self, digest: Digest) -> Manifest:
         return parse_manifest(digest.short, self.store.get(digest))
-
-    def _move(self, ref: Ref, new: Digest | None, *, expect: Digest | None, reason: str) -> None:
-        try:
-            self.store.move(ref, new, expect=expect, reason=reason)
-        except RefConflict as error:
-            raise ConflictError(str(error), hint="look again: adaptlib list") from None
 
 
 def _unpinned(manifest: Manifest) -> Manifest:

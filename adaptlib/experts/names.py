@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from adaptlib.errors import UsageError
+from adaptlib.errors import ConflictError, UsageError
 from adaptlib.experts.codec import SCHEMA
 from adaptlib.experts.tensors import parse_json
-from library_store import Digest, InvalidName, Ref
+from library_store import Digest, InvalidName, Ref, RefConflict, Store
 
 RECORDS = ("clusterings", "routers")  # first parts of names that are kept for what is no expert
 
@@ -42,3 +42,13 @@ def _parse(name: str) -> Ref:
         return Ref.parse(name)
     except InvalidName as error:
         raise UsageError(str(error), hint=error.hint) from None
+
+
+def move_ref(
+    store: Store, ref: Ref, new: Digest | None, *, expect: Digest | None, reason: str
+) -> None:
+    """Move a ref, or say which other move was faster."""
+    try:
+        store.move(ref, new, expect=expect, reason=reason)
+    except RefConflict as error:
+        raise ConflictError(str(error), hint="look again: adaptlib list") from None

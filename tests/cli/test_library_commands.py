@@ -71,7 +71,7 @@ def test_list(run: Any, library: Library) -> None:
     assert run("list", "-q").out.split() == list(library)
     table = run("list")
     assert table.out.splitlines()[0].split() == [
-        "NAME", "KIND", "RANK", "MODULES", "SIZE", "DIGEST", "BASE"
+        "NAME", "KIND", "RANK", "SIZE", "DIGEST", "BASE"
     ]  # fmt: skip
     assert len(table.out.splitlines()) == 5
     assert table.err.startswith("4 experts, ")

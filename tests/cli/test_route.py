@@ -11,6 +11,7 @@ import pytest
 from adaptlib.cli import cluster, route
 
 from adaptlib.experts import Library
+from adaptlib.experts.records import load_record
 from tests.tiny import make_expert
 
 PROMPT = ("route", "--prompt", "a b c d")
@@ -19,15 +20,15 @@ PROMPT = ("route", "--prompt", "a b c d")
 @pytest.mark.usefixtures("routed_library")
 def test_route_says_who_answers(run: Any) -> None:
     document = run(*PROMPT, "--top-k", "2", "--json").document
-    assert document.keys() == {"schema", "router", "top_k", "mix", "experts"}
+    assert document.keys() == {"schema", "router", "top_k", "mix", "experts", "notes"}
     assert document["schema"] == "adaptlib.route/1"
     assert (document["router"], document["top_k"], document["mix"]) == ("arrow", 2, "outputs")
     weights = [entry["weight"] for entry in document["experts"]]
     assert all(entry.keys() == {"name", "weight"} for entry in document["experts"])
-    assert sorted(entry["name"] for entry in document["experts"]) == [f"e{i}" for i in range(5)]
+    assert {entry["name"] for entry in document["experts"]} <= {f"e{i}" for i in range(5)}
     assert weights == sorted(weights, reverse=True)
     assert sum(weights) == pytest.approx(1, abs=1e-6)
-    assert all(weight >= 0 for weight in weights)
+    assert all(weight > 0 for weight in weights)
     assert run(*PROMPT, "--top-k", "2", "--json").document == document  # the same every time
 
 
@@ -75,7 +76,9 @@ def test_more_experts_than_there_are_is_all_of_them(run: Any) -> None:
     result = run(*PROMPT, "--top-k", "99", "--json")
     assert result.code == 0
     assert result.document["top_k"] == 5
-    assert "--top-k 99 is more than there are" in result.err
+    assert "--top-k 99 is more than there are" in result.document["notes"][0]
+    assert result.err == ""
+    assert "--top-k 99 is more than there are" in run(*PROMPT, "--top-k", "99").err
 
 
 @pytest.mark.usefixtures("routed_library")
@@ -148,7 +151,7 @@ def test_a_clustering_is_kept(run: Any, routed_library: Library, tmp_path: Path)
     result = run("cluster", "--save", "mine", "--plot", "map.png", "--k", "2", "--json")
     assert result.code == 0
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    kept = routed_library.load_record("clusterings", "mine")
+    kept = load_record(routed_library.store, "clusterings", "mine")
     assert kept["schema"] == "adaptlib.clustering/1"
     assert kept["clusters"] == result.document["clusters"]
     assert kept["experts"] == routed_library.names()

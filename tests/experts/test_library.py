@@ -12,6 +12,7 @@ from adaptlib.errors import (
 )
 from adaptlib.experts import Library
 from adaptlib.experts.codec import pack, write_directory
+from adaptlib.experts.records import save_record
 from library_store import AmbiguousDigest, Digest
 from tests.tiny import make_expert, same_expert, state
 
@@ -72,7 +73,7 @@ def test_names_tags_and_digests_find_the_same(library: Library) -> None:
 
 def test_a_digest_of_what_is_no_expert_finds_nothing(library: Library) -> None:
     added = library.add(make_expert(), "one")
-    library.save_record("clusterings", "c", {"experts": {"one": added.digest}})
+    save_record(library.store, "clusterings", "c", {"experts": {"one": added.digest}})
     others = {str(d) for d in library.store.objects()} - {added.digest}
     assert len(others) == 2
     for digest in others:

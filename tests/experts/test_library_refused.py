@@ -17,6 +17,7 @@ from adaptlib.errors import (
     UsageError,
 )
 from adaptlib.experts import Expert, Library, LoRADelta
+from adaptlib.experts.records import save_record
 from adaptlib.experts.sources import slug
 from library_store import Ref
 from tests.tiny import lora, make_expert, state
@@ -39,7 +40,7 @@ def test_a_name_with_tricks_is_refused_and_nothing_changes(library: Library, nam
         lambda: library.add(make_expert(1), name),
         lambda: library.rename("one", name),
         lambda: library.tag("one", name),
-        lambda: library.save_record("clusterings", name, {}),
+        lambda: save_record(library.store, "clusterings", name, {}),
     ]
     for call in calls[: 3 if name in ("clusterings/x", "routers", "sha256") else 4]:
         with pytest.raises(UsageError):

@@ -16,6 +16,7 @@ from adaptlib.errors import (
 )
 from adaptlib.experts import Expert, Library, LoRADelta
 from adaptlib.experts.codec import pack
+from adaptlib.experts.records import load_record, save_record
 from library_store import Ref
 from tests.tiny import lora, make_expert, same_expert, state
 
@@ -83,9 +84,9 @@ def test_what_is_derived_can_go(local: Library, tmp_path: Path, save_llama: Any)
 def test_records_are_kept_with_their_experts(library: Library) -> None:
     digest = library.add(make_expert(), "one").digest
     document = {"k": 2, "experts": {"one": digest}, "clusters": {"0": ["one"]}}
-    library.save_record("clusterings", "mine", document)
-    library.save_record("clusterings", "mine", document)
-    assert library.load_record("clusterings", "mine") == document
+    save_record(library.store, "clusterings", "mine", document)
+    save_record(library.store, "clusterings", "mine", document)
+    assert load_record(library.store, "clusterings", "mine") == document
     assert list(library) == ["one"]  # a record is no expert
     assert "clusterings/mine" not in library
     library.remove("one")
@@ -93,9 +94,9 @@ def test_records_are_kept_with_their_experts(library: Library) -> None:
     assert library.verify(deep=True).ok
     assert library.digest(digest) == digest
     with pytest.raises(NotFoundError, match="no clusterings named 'other'; there are: mine"):
-        library.load_record("clusterings", "other")
+        load_record(library.store, "clusterings", "other")
     with pytest.raises(UsageError, match="no kind of record"):
-        library.save_record("experts", "x", {})
+        save_record(library.store, "experts", "x", {})
 
 
 def test_gc_removes_what_no_name_leads_to(library: Library) -> None:

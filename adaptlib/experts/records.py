@@ -1,0 +1,46 @@
+"""Saved results that are no experts, such as clusterings: JSON under refs of their own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from adaptlib.errors import NotFoundError
+from adaptlib.experts.names import move_ref, record_ref
+from adaptlib.experts.tensors import parse_json
+from library_store import Store
+
+
+def save_record(store: Store, kind: str, name: str, document: Mapping[str, Any]) -> str:
+    """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
+    `experts` maps names to digests, which gc then keeps."""
+    ref = record_ref(kind, name)
+    digest = store.put(msgspec.json.encode(dict(document), order="sorted"))
+    before = store.refs().get(ref)
+    if before != digest:
+        move_ref(store, ref, digest, expect=before, reason=f"save {kind}")
+    return str(digest)
+
+
+def remove_record(store: Store, kind: str, name: str) -> str:
+    """Forget a document kept by `save_record`; returns its digest."""
+    load_record(store, kind, name)
+    ref = record_ref(kind, name)
+    digest = store.ref(ref)
+    move_ref(store, ref, None, expect=digest, reason="rm")
+    return str(digest)
+
+
+def check_record_name(kind: str, name: str) -> None:
+    """UsageError where `save_record` could not take this name."""
+    record_ref(kind, name)
+
+
+def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
+    """A document kept by `save_record`."""
+    ref = record_ref(kind, name)
+    digest = store.refs().get(ref)
+    if digest is None:
+        known = [str(r).split("/", 1)[1] for r in store.refs() if r.name.startswith(f"{kind}/")]
+        raise NotFoundError(f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}")
+    return parse_json(str(ref), store.get(digest))
