@@ -85,13 +85,7 @@ def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
             result[label] = score(routed)
     clusters = mbc(loras, k=min(K, len(loras)))
     cluster = next(members for members in clusters.values() if mine[0] in members)
-    chosen: list[str] = []
-    with attach(model, loras, routers["arrow"]) as routed, torch.inference_mode():
-        for row in task.split("test")[:rows]:
-            ids = tokenizer(task.prompt(row), return_tensors="pt")
-            with routed.record() as trace:
-                routed(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
-            chosen.append(next(iter(trace.shares())))
+    chosen = first_choices(model, tokenizer, task, loras, routers["arrow"], rows)
     result |= {
         "first_own": sum(name == mine[0] for name in chosen) / len(chosen),
         "first_cluster": sum(name in cluster for name in chosen) / len(chosen),
@@ -101,6 +95,53 @@ def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     return result
+
+
+def measure_sparse(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
+    """The same for the sparse experts among themselves, on the task of one of them."""
+    import torch
+
+    torch.set_num_threads(1)
+    from adaptlib.demo import experts
+    from adaptlib.evaluation import exact_match
+    from adaptlib.experts.base import DEMO_BASE, load
+    from adaptlib.routing import Arrow, Named, Uniform, attach
+    from adaptlib.training import read_task
+
+    task = read_task(folder / f"{task_name}.jsonl")
+    model, tokenizer = load(DEMO_BASE)
+    sparse = {name: e for name, e in experts().items() if e.kind == "sparse"}
+    own = next(name for name, expert in sparse.items() if expert.card["task"] == task_name)
+    result: dict[str, Any] = {"task": task_name, "own": own, "experts": len(sparse)}
+    routers = {
+        "uniform": Uniform.fit(sparse),
+        "arrow": Arrow.fit(sparse, top_k=TOP_K),
+        "oracle": Named.fit(sparse, expert=own),
+    }
+    for label, router in routers.items():
+        with attach(model, sparse, router) as routed:
+            score = exact_match(routed, tokenizer, task, limit=rows, batch_size=64)
+            result[label] = score.value
+    result["first"] = first_choices(model, tokenizer, task, sparse, routers["arrow"], rows)
+    return result
+
+
+def first_choices(
+    model: Any, tokenizer: Any, task: Any, experts: Any, router: Any, rows: int
+) -> list[str]:
+    """For each prompt the expert with the most routing weight over its tokens and modules."""
+    import torch
+
+    from adaptlib.routing import attach
+
+    chosen = []
+    with attach(model, experts, router) as routed, torch.inference_mode():
+        for row in task.split("test")[:rows]:
+            ids = tokenizer(task.prompt(row), return_tensors="pt")
+            with routed.record() as trace:
+                routed(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
+            chosen.append(next(iter(trace.shares())))
+    return chosen
 
 
 def bundle_digest() -> str:
@@ -139,6 +180,13 @@ def main() -> None:
                 done["tasks"][result["task"]] = result
                 RESULTS.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
                 print(f"{result['task']:45} {result['seconds']:6.1f} s", flush=True)
+            kinds = {e.card["task"] for e in experts().values() if e.kind == "sparse"}
+            todo = sorted(kinds - done.setdefault("sparse", {}).keys())
+            jobs = [pool.submit(measure_sparse, folder, task, options.rows) for task in todo]
+            for job in as_completed(jobs):
+                result = job.result()
+                done["sparse"][result["task"]] = result
+                RESULTS.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
     REPORT.write_text(report(done))
 
 
@@ -226,8 +274,38 @@ def report(done: dict[str, Any]) -> str:
         f"| **mean** | {mean(lambda r: r['first_own']):.1%} | {mean(lambda r: r['chance_own']):.1%} "
         f"| {mean(lambda r: r['first_cluster']):.1%} | {mean(lambda r: r['chance_cluster']):.1%} | |",
         "",
+        *_sparse_report(list(done["sparse"].values())),
     ]
     return "\n".join(lines)
+
+
+def _sparse_report(rows: list[dict[str, Any]]) -> list[str]:
+    rows = sorted(rows, key=lambda row: row["task"])
+
+    def first(row: dict[str, Any]) -> float:
+        return row["first"].count(row["own"]) / len(row["first"])
+
+    def mean(pick: Any) -> float:
+        return sum(pick(row) for row in rows) / len(rows)
+
+    count = rows[0]["experts"]
+    return [
+        "## The sparse experts among themselves",
+        "",
+        f"The same with the {count} sparse experts only: exact match of each router, and how often",
+        f"Arrow's first choice is the task's own expert (chance {1 / count:.1%}).",
+        "",
+        "| task | uniform | Arrow | oracle | first choice is own |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {row['task']} | {row['uniform']:.3f} | {row['arrow']:.3f} | {row['oracle']:.3f} | "
+            f"{first(row):.1%} |"
+            for row in rows
+        ),
+        f"| **mean** | {mean(lambda r: r['uniform']):.3f} | {mean(lambda r: r['arrow']):.3f} | "
+        f"{mean(lambda r: r['oracle']):.3f} | {mean(first):.1%} |",
+        "",
+    ]
 
 
 def _kind(expert: Any) -> str:

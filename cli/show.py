@@ -2,6 +2,7 @@
 
 import json as json_module
 import re
+import textwrap
 from typing import Annotated, Any
 
 import msgspec
@@ -52,7 +53,7 @@ def show(
     out.line(f"  base     {manifest.base}{revision} ({pinned})")
     for key, value in card.items():
         for text in _lines(key, value):
-            out.line("  " + text)
+            out.line(textwrap.fill(text, 78, initial_indent="  ", subsequent_indent=" " * 11))
     out.line()
     out.table(
         [

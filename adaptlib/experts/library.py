@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 
 from adaptlib.errors import (
+    BaseMismatchError,
     BaseWarning,
     ConflictError,
     CorruptError,
@@ -320,7 +321,12 @@ class Library(Mapping[str, "Expert"]):
             found = bases.describe(where, pin["id"], cache=cache)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", BaseWarning)
-                bases.check_fit(name, packed.shapes, pin, found)
+                try:
+                    bases.check_fit(name, packed.shapes, pin, found)
+                except BaseMismatchError as error:
+                    if base is not None and packed.base != base:
+                        error.hint = f"leave out --base: the source says it is for {packed.base}"
+                    raise
             notes += [str(warning.message) for warning in caught]
             pin = {
                 "id": pin["id"],
