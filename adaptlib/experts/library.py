@@ -4,32 +4,27 @@ import dataclasses
 import difflib
 import hashlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import msgspec
 
 from adaptlib.errors import (
-    BaseMismatchError,
-    BaseWarning,
     ConflictError,
     CorruptError,
     NotFoundError,
     RefusedError,
     UsageError,
 )
-from adaptlib.experts import base as bases
 from adaptlib.experts import index
 from adaptlib.experts.codec import (
     Manifest,
     Packed,
     assemble,
-    check_card,
     check_content,
     check_structure,
     encode_manifest,
@@ -39,6 +34,7 @@ from adaptlib.experts.codec import (
 from adaptlib.experts.index import Summary
 from adaptlib.experts.location import library_path
 from adaptlib.experts.names import RECORDS, children, expert_ref, move_ref
+from adaptlib.experts.pinning import pinned
 from adaptlib.experts.sources import read_source
 from library_store import (
     AmbiguousDigest,
@@ -261,7 +257,9 @@ class Library(Mapping[str, "Expert"]):
         packed, default_name, notes = read_source(source, base)
         ref = expert_ref(name if name is not None else default_name)
         before = self._expert_refs().get(ref)
-        packed, checked = self._pinned(packed, str(ref), base)
+        packed, checked = pinned(
+            packed, str(ref), base, cache=self.path / "derived" / "bases" if self.path else None
+        )
         notes += checked
         said = {"task": task, "description": description}
         card = dict(packed.card) | {key: text for key, text in said.items() if text is not None}
@@ -294,47 +292,6 @@ class Library(Mapping[str, "Expert"]):
         if self.path:
             index.write(self.path / "index.db", {str(digest): Summary.of(manifest)})
         return Added(str(ref), str(digest), manifest, before != digest, prepared.notes)
-
-    def _pinned(self, packed: Packed, name: str, base: str | None) -> tuple[Packed, list[str]]:
-        """The expert with its base pinned in the card, checked where the base is at hand."""
-        check_card(name, packed)
-        said = packed.card.get("base") or {}
-        pin: dict[str, Any] = {"id": packed.base, "revision": None, "digest": None}
-        pin |= {key: value for key, value in said.items() if value is not None}
-        notes: list[str] = []
-        if base is not None:
-            base = bases.base_id(base)
-            if pin["id"] != base:
-                notes.append(f"{name}: says it is for {pin['id']}; pinned to {base}, as asked")
-            pin = {"id": base, "revision": None, "digest": None}
-        where = bases.locate(pin["id"], revision=pin["revision"])
-        if where is None:
-            if base is not None and (base.startswith((".", "/", "~")) or Path(base).exists()):
-                raise NotFoundError(f"no base model at {base}: it has no config.json")
-            if pin["digest"] is None:
-                notes.append(
-                    f"{name}: its base model {pin['id']} is not on this machine, so its shapes "
-                    "are not checked until it is attached"
-                )
-        else:
-            cache = self.path / "derived" / "bases" if self.path else None
-            found = bases.describe(where, pin["id"], cache=cache)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", BaseWarning)
-                try:
-                    bases.check_fit(name, packed.shapes, pin, found)
-                except BaseMismatchError as error:
-                    if base is not None and packed.base != base:
-                        error.hint = f"leave out --base: the source says it is for {packed.base}"
-                    raise
-            notes += [str(warning.message) for warning in caught]
-            pin = {
-                "id": pin["id"],
-                "revision": pin["revision"] or found.revision,
-                "digest": found.digest,
-            }
-        card = dict(packed.card) | {"base": pin}
-        return Packed(packed.kind, pin["id"], packed.modules, packed.tensors, card), notes
 
     def remove(self, name: str) -> str:
         """Forget a name (`name` with all its tags, or one `name:tag`). The expert itself stays

@@ -18,6 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 import adaptlib
 from adaptlib.clustering import cluster, cosine_matrix, factor_features, mbc, sketch_features
 from adaptlib.errors import BaseMismatchError, RefusedError, UsageError
+from adaptlib.experts.codec import pack, write_directory
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
 
@@ -109,20 +110,19 @@ def test_labels_fall_in_size_and_names_are_sorted(lora_families):
 
 def test_two_processes_agree(tmp_path, lora_families):
     experts, _ = lora_families(sizes=(9, 8, 7), noise=2.0)  # no clear groups: the seed decides
-    torch.save([(n, [(m, d.a, d.b) for m, d in e.deltas.items()]) for n, e in experts.items()],
-               tmp_path / "experts.pt")  # fmt: skip
+    for name, expert in experts.items():
+        write_directory(pack(expert), tmp_path / name)
     script = """
-        import json, sys, torch
-        from adaptlib import Expert, LoRADelta, mbc
-        experts = {
-            name: Expert("tiny", {m: LoRADelta(a, b) for m, a, b in deltas})
-            for name, deltas in torch.load(sys.argv[1])
-        }
+        import json, pathlib, sys
+        from adaptlib import mbc
+        from adaptlib.experts.codec import read_directory, unpack
+        places = sorted(pathlib.Path(sys.argv[1]).iterdir())
+        experts = {place.name: unpack(read_directory(place)) for place in places}
         print(json.dumps([mbc(experts, k=5, seed=3), mbc(experts, k=5, features="sketches")]))
     """
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "experts.pt")],
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(i)},
             stdout=subprocess.PIPE,
             text=True,
