@@ -47,19 +47,22 @@ def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     cells = [[plain(cell) for cell in row] for row in rows]
+    # Rich's own padding takes half the time of a long table, so two spaces are put after each cell.
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=0)
+    lines: list[list[str]] = [[] for _ in cells]
     for i, (heading, how) in enumerate(columns):
         whole = max(len(text) for text in (heading, *(row[i] for row in cells)))
         grid.add_column(
-            heading,
-            justify="right" if how == "right" else "left",
+            (heading.rjust(whole) if how == "right" else heading) + "  ",
             no_wrap=how != "fold",
             overflow="fold" if how == "fold" else "ellipsis",
-            min_width=whole if how in ("left", "right") else None,
+            min_width=whole + 2 if how in ("left", "right") else None,
         )
-    for row in cells:
-        grid.add_row(*map(Text, row))
+        for line_, row in zip(lines, cells, strict=True):
+            line_.append((row[i].rjust(whole) if how == "right" else row[i]) + "  ")
+    for line_ in lines:
+        grid.add_row(*map(Text, line_))
     console().print(grid)
 
 

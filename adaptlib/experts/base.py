@@ -103,7 +103,7 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     # The hub's client takes as long to import as adding a small adapter does.
-    if not Path(HF_HUB_CACHE, "models--" + name_or_path.replace("/", "--")).is_dir():
+    if not _is(Path(HF_HUB_CACHE, "models--" + name_or_path.replace("/", "--")).is_dir):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
