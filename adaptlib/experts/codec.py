@@ -248,6 +248,16 @@ def check_content(source: str, packed: Packed) -> None:
             raise CorruptError(f"{source}: positions of {name} do not rise within 0..{size - 1}")
 
 
+def changes_nothing(packed: Packed) -> bool:
+    """Whether every update is zero: a scale of 0, an untrained B, values that are all 0."""
+    parts = _PARTS[packed.kind] if packed.kind == "lora" else ("values",)
+    return all(
+        module.scale == 0
+        or any(not packed.tensors[f"{name}.{part}"].numpy().any() for part in parts)
+        for name, module in packed.modules.items()
+    )
+
+
 _TORCH_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _TORCH_NAMES |= {"int32": "I32", "int64": "I64"}
 

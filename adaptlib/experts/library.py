@@ -25,6 +25,7 @@ from adaptlib.experts.codec import (
     Manifest,
     Packed,
     assemble,
+    changes_nothing,
     check_content,
     check_structure,
     encode_manifest,
@@ -266,6 +267,8 @@ class Library(Mapping[str, "Expert"]):
         packed = dataclasses.replace(packed, card=card)
         check_structure(str(ref), packed)
         check_content(str(ref), packed)
+        if changes_nothing(packed):
+            notes.append(f"{ref}: every update in it is zero, so it changes nothing")
         # What can be refused is refused before anything is put, so a taken name costs a hash.
         encode_manifest(str(ref), packed.manifest(str(Digest.of(b""))))
         if before is not None and not replace:

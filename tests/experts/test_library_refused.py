@@ -139,6 +139,15 @@ def test_add_pins_the_base_that_is_at_hand(
     assert library["told"].base == str(tmp_path / "model")
 
 
+def test_an_expert_that_changes_nothing_is_said_to(library: Library) -> None:
+    a, b, zero = torch.ones(2, 5), torch.ones(3, 2), torch.zeros(3, 2)
+    says = "every update in it is zero"
+    for name, delta in {"b": LoRADelta(a, zero), "scale": LoRADelta(a, b, 0.0)}.items():
+        assert says in library.add(Expert("org/base", {"m": delta}), name).notes[-1]
+    some = Expert("org/base", {"m": LoRADelta(a, zero), "n": LoRADelta(a, b)})
+    assert not any(says in note for note in library.add(some, "some").notes)
+
+
 def test_an_expert_is_pinned_when_it_is_added_again_with_its_base(
     library: Library, tmp_path: Path, save_llama: Any
 ) -> None:
