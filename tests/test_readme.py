@@ -23,7 +23,7 @@ def commands(text: str) -> list[str]:
 
 
 def run(blocks: list[str], where: Path) -> Iterator[str]:
-    """Each block with what its commands print, stdout and stderr as a terminal shows them."""
+    """Each block with what its commands print, stdout and then stderr."""
     environment = {name: value for name, value in os.environ.items() if "ADAPTLIB" not in name}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
@@ -36,11 +36,11 @@ def run(blocks: list[str], where: Path) -> Iterator[str]:
                 env=environment,
                 text=True,
                 encoding="utf-8",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=120,
+                capture_output=True,
+                timeout=300,
             )
-            output = done.stdout.replace(str(where), "~")
+            # One after the other: in a pipeline, which comes first is a race.
+            output = (done.stdout + done.stderr).replace(str(where), "~")
             lines += [f"$ {command}", *(line.rstrip() for line in output.splitlines())]
         yield "\n".join(lines) + "\n"
 
