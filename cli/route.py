@@ -1,5 +1,6 @@
 """adaptlib route: which experts answer this input, and why."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def route(
     top_k: Annotated[
         int | None, typer.Option(help="Experts a token, at each module; 4, or all if fewer.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the softmax over the chosen; 1 if not said.")
+    ] = None,
     mix: Annotated[
         str, typer.Option(help="outputs (sum of updates) or factors (the paper's code).")
     ] = "outputs",
@@ -76,11 +79,10 @@ def route(
     chosen = select(opened, [which] if which else words(experts), only_base)
     base_id, revision = one_base(opened, chosen)
     loaded = {name: opened[name] for name in chosen}
-    fitted = _fit(router, loaded, top_k=top_k or 4, temperature=temperature, mix=mix)
-    effective = min(top_k or 4, len(loaded)) if fitted.name == "arrow" else len(fitted.used)
-    notes = []
-    if fitted.name == "arrow" and top_k is not None and effective < top_k:
-        notes.append(f"--top-k {top_k} is more than there are; top-k is {effective}")
+    given = {"top_k": top_k, "temperature": temperature, "mix": mix}
+    fitted, notes = _fit(router, loaded, given)
+    if top_k is not None and not notes and fitted.most < top_k:
+        notes.append(f"--top-k {top_k} is more than there are; top-k is {fitted.most}")
     if not json:
         for text_ in notes:
             out.note(f"Note: {text_}")
@@ -101,7 +103,7 @@ def route(
             routed(**ids)
         shares = {name: weight for name, weight in trace.shares().items() if weight > 0}
         if not json:
-            _print_shares(shares, fitted.name, effective, quiet=quiet)
+            _print_shares(shares, fitted.name, fitted.most, quiet=quiet)
         details = _details(trace, tokenizer, ids) if explain or plot else None
         if explain and not json and details:
             from .explain import print_explanation
@@ -118,7 +120,7 @@ def route(
     if json:
         fields: dict[str, Any] = {
             "router": fitted.name,
-            "top_k": effective,
+            "top_k": fitted.most,
             "mix": fitted.mix,
             "experts": [{"name": name, "weight": weight} for name, weight in shares.items()],
             "notes": notes,
@@ -130,27 +132,35 @@ def route(
         out.document("route", **fields)
 
 
-def _fit(
-    router: str, experts: "dict[str, Expert]", *, top_k: int, temperature: float, mix: Any
-) -> Any:
+def _fit(router: str, experts: "dict[str, Expert]", given: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The router, fitted with those of the `given` options that it has, and notes on the others.
+
+    Options are by the names of `fit`; None is not given. So a new router needs no line here.
+    """
     from adaptlib.errors import UsageError
-    from adaptlib.routing import ROUTERS, Arrow, Named
+    from adaptlib.routing import ROUTERS
 
     name, _, which = router.partition(":")
     if name not in ROUTERS:
         raise UsageError(
             f"no router {name!r}; there are: {', '.join(ROUTERS)}", hint="--router arrow"
         )
-    if (ROUTERS[name] is Named) != bool(which):
+    takes = inspect.signature(ROUTERS[name].fit).parameters
+    if ("expert" in takes) != bool(which):
         raise UsageError(
             f"--router {router}: named takes the expert's name, others take none",
             hint=f"--router named:{next(iter(experts))}",
         )
-    if ROUTERS[name] is Named:
-        return Named.fit(experts, expert=which, mix=mix)
-    if ROUTERS[name] is Arrow:
-        return Arrow.fit(experts, top_k=top_k, temperature=temperature, mix=mix)
-    return ROUTERS[name].fit(experts, mix=mix)
+    given = {key: value for key, value in given.items() if value is not None}
+    notes = [
+        f"router {name} has no --{key.replace('_', '-')}; it is not used"
+        for key in given
+        if key not in takes
+    ]
+    options = {key: value for key, value in given.items() if key in takes}
+    if which:
+        options["expert"] = which
+    return ROUTERS[name].fit(experts, **options), notes
 
 
 def _encode(tokenizer: Any, text: str, base: Any) -> Any:

@@ -10,9 +10,6 @@ from adaptlib.demo import BUNDLE, DEMO_BASE, expert_directories
 from adaptlib.experts.base import check_fit, describe, locate
 from adaptlib.experts.codec import Packed, check_content, read_directory
 
-if not expert_directories():
-    pytest.skip("the bundle is not there", allow_module_level=True)
-
 
 @pytest.fixture(scope="module")
 def experts() -> dict[str, Packed]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
+from sklearn.manifold import smacof
 
 from adaptlib.clustering.mbc import Clustering
 from adaptlib.figures import COLOURS, DPI, GROUND, INK, save_figure
@@ -35,26 +37,23 @@ def plot_map(clustering: Clustering, path: str | Path) -> Path:
 
 
 def plane(
-    similarity: Float[np.ndarray, "expert expert"], *, steps: int = 500
+    similarity: Float[np.ndarray, "expert expert"],
 ) -> Float[np.ndarray, "expert 2"]:
-    """Points whose distances follow sqrt(2 - 2 cos), by SMACOF (de Leeuw 1977).
+    """Points whose distances follow sqrt(2 - 2 cos), by SMACOF (de Leeuw 1977), scikit-learn's.
 
     It starts from the two principal axes. Those alone would put several of many equally unlike
-    groups on one spot. Written here for scikit-learn's MDS changes its options between the versions
-    we support, and starts at random.
+    groups on one spot; a random start would draw another map each time.
     """
     wanted = np.sqrt(np.clip(2 - 2 * similarity, 0, None))
     np.fill_diagonal(wanted, 0)
-    n = len(wanted)
-    centre = np.eye(n) - 1 / n
+    centre = np.eye(len(wanted)) - 1 / len(wanted)
     values, vectors = np.linalg.eigh(-0.5 * centre @ wanted**2 @ centre)
     axes = vectors[:, ::-1][:, :2] * np.sqrt(np.clip(values[::-1][:2], 0, None))
-    points = np.zeros((n, 2))
+    points = np.zeros((len(wanted), 2))
     points[:, : axes.shape[1]] = axes
-    for _ in range(steps):
-        distances = np.linalg.norm(points[:, None] - points[None], axis=2)
-        ratio = np.where(distances > 1e-9, wanted / np.where(distances > 1e-9, distances, 1), 0)
-        points = (np.diag(ratio.sum(axis=1)) - ratio) @ points / n
+    if points.any():
+        found: Any = smacof(wanted, init=points, n_init=1, max_iter=500)
+        points = found[0]
     largest = np.abs(points).argmax(axis=0)
     return points * np.where(points[largest, [0, 1]] < 0, -1.0, 1.0)
 

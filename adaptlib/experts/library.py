@@ -48,6 +48,7 @@ from library_store import (
     ObjectNotFound,
     Problem,
     Ref,
+    RefNotFound,
     Report,
     Store,
 )
@@ -146,11 +147,9 @@ class Library(Mapping[str, "Expert"]):
         NotFoundError suggests the nearest names; UsageError where the prefix fits several.
         """
         with suppress(InvalidName):
-            ref = Ref.parse(name)
-            refs = self._expert_refs()
-            if ref in refs:
-                return str(refs[ref])
-            tagged = [str(digest) for r, digest in refs.items() if r.name == name]
+            if found := self._at(Ref.parse(name)):
+                return str(found)
+            tagged = [str(d) for r, d in self._expert_refs().items() if r.name == name]
             if tagged:
                 return tagged[-1]
         if _DIGEST.fullmatch(name):
@@ -257,7 +256,7 @@ class Library(Mapping[str, "Expert"]):
         """Everything of `add` that can fail for what the source is; keeps nothing."""
         packed, default_name, notes = read_source(source, base)
         ref = expert_ref(name if name is not None else default_name)
-        before = self._expert_refs().get(ref)
+        before = self._at(ref)
         packed, checked = pinned(
             packed, str(ref), base, cache=self.path / "derived" / "bases" if self.path else None
         )
@@ -347,7 +346,7 @@ class Library(Mapping[str, "Expert"]):
     def tag(self, name: str, new: str, *, replace: bool = False) -> str:
         """Give an expert one more name, `name:tag` or another name."""
         digest, ref = Digest.parse(self.digest(name)), expert_ref(new)
-        before = self._expert_refs().get(ref)
+        before = self._at(ref)
         if before not in (None, digest) and not replace:
             raise ConflictError(
                 f"{ref} is taken by {before.short if before else ''}",
@@ -403,6 +402,16 @@ class Library(Mapping[str, "Expert"]):
         return self.store.gc(children, grace=grace, dry_run=dry_run, allow_empty=allow_empty)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _at(self, ref: Ref) -> Digest | None:
+        """What one name points to. Reads that ref alone: all of them, for each of a thousand
+        experts, would be a million files."""
+        if ref.name.split("/")[0] in RECORDS:
+            return None
+        try:
+            return self.store.ref(ref)
+        except RefNotFound:
+            return None
 
     def _expert_refs(self) -> dict[Ref, Digest]:
         refs = self.store.refs()

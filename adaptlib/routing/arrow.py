@@ -74,6 +74,10 @@ class Arrow(Router):
             temperature=temperature,
         )
 
+    @property
+    def most(self) -> int:
+        return min(self.top_k, max(len(here) for here in self.columns.values()))
+
     def route(self, module: str, x: Float[Tensor, "tok d_in"]) -> Choice:
         columns = self.columns_at(module)
         prototypes = self.prototypes[module].to(x.device)

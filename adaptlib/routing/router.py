@@ -55,6 +55,11 @@ class Router(ABC):
         reachable = {i for here in self.columns.values() for i in here}
         return tuple(name for i, name in enumerate(self.experts) if i in reachable)
 
+    @property
+    def most(self) -> int:
+        """How many experts a token gets at most, at any module."""
+        return max(len(here) for here in self.columns.values())
+
     def place(self, devices: Mapping[str, torch.device]) -> "Router":
         """The same router with what it needs for each module on that module's device."""
         return self

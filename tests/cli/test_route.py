@@ -172,3 +172,13 @@ def test_every_example_works(
     words = ["2" if word == "10" else word for word in words]
     result = run(*words)
     assert result.code == 0, result.err
+
+
+@pytest.mark.usefixtures("routed_library")
+def test_an_option_that_a_router_lacks_is_said_and_not_dropped_in_silence(run: Any) -> None:
+    words = ("--router", "uniform", "--top-k", "2", "--json")
+    document = run(*PROMPT, *words).document
+    assert document["notes"] == ["router uniform has no --top-k; it is not used"]
+    assert document["top_k"] == 5
+    assert run(*PROMPT, "--router", "uniform", "--json").document["notes"] == []
+    assert "has no --temperature" in run(*PROMPT, "--router", "named:e0", "--temperature", "2").err

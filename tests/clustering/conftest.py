@@ -1,6 +1,6 @@
 """Tiny experts with planted families, and MBC written out slowly with numpy only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -178,15 +178,25 @@ def inertia(points: np.ndarray, labels: np.ndarray) -> float:
     return total
 
 
-def slow_kmeans(points: np.ndarray, k: int, starts: int) -> tuple[np.ndarray, float]:
-    """Lloyd's iterations from k-means++ starts; the labels of least inertia, and that inertia."""
+def slow_starts(points: np.ndarray, k: int, count: int) -> Iterator[list[int]]:
+    """k-means++: each next centre is a point, likelier the further it is from those before."""
     random = np.random.default_rng(1234)
+    for _ in range(count):
+        chosen = [int(random.integers(len(points)))]
+        while len(chosen) < k:
+            gaps = np.array([min(((p - points[c]) ** 2).sum() for c in chosen) for p in points])
+            chosen.append(int(random.choice(len(points), p=gaps / gaps.sum())))
+        yield chosen
+
+
+def slow_kmeans(
+    points: np.ndarray, k: int, starts: Iterable[list[int]]
+) -> tuple[np.ndarray, float]:
+    """Lloyd's iterations from each start (the points that are centres at first); the labels of
+    least inertia, and that inertia."""
     best, best_labels = np.inf, np.zeros(len(points), dtype=int)
-    for _ in range(starts):
-        centres = [points[random.integers(len(points))]]
-        while len(centres) < k:
-            gaps = np.array([min(((p - c) ** 2).sum() for c in centres) for p in points])
-            centres.append(points[random.choice(len(points), p=gaps / gaps.sum())])
+    for start in starts:
+        centres = [points[i] for i in start]
         labels = np.full(len(points), -1)
         while True:
             new = np.array(
@@ -206,11 +216,14 @@ def slow_kmeans(points: np.ndarray, k: int, starts: int) -> tuple[np.ndarray, fl
 
 @pytest.fixture
 def slow_mbc() -> Callable:
-    """(rows, names, k, sparsity) -> (groups, cosines, inertia), with no code of adaptlib."""
+    """(rows, names, k, sparsity) -> (groups, cosines, inertia), with no code of adaptlib.
 
-    def run(rows, names, k, sparsity=0.5, starts=30):
+    `starts` gives the starts from (cosines, k); 30 of k-means++ where it is not given."""
+
+    def run(rows, names, k, sparsity=0.5, starts=None):
         cosines = slow_cosines(rows, sparsity)
-        labels, least = slow_kmeans(cosines, k, starts)
+        begin = starts(cosines, k) if starts else slow_starts(cosines, k, 30)
+        labels, least = slow_kmeans(cosines, k, begin)
         groups = {
             frozenset(n for n, other in zip(names, labels, strict=True) if other == label)
             for label in labels.tolist()

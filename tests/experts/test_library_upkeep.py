@@ -17,7 +17,7 @@ from adaptlib.errors import (
 from adaptlib.experts import Expert, Library, LoRADelta
 from adaptlib.experts.codec import pack
 from adaptlib.experts.records import load_record, save_record
-from library_store import Ref
+from library_store import LocalStore, Ref
 from tests.tiny import lora, make_expert, same_expert, state
 
 NAN = torch.full((2, 5), float("nan"))
@@ -155,3 +155,20 @@ def test_deep_verify_reads_what_others_put_there(library: Library) -> None:
     report = library.verify(deep=True)
     assert [str(ref) for problem in report.problems for ref in problem.refs] == ["bad"]
     assert "NaN" in report.problems[0].detail
+
+
+def test_looking_experts_up_does_not_read_every_ref_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a scan for each lookup, a thousand experts were a million files and 100 seconds."""
+    library = Library.open(tmp_path / "library", create=True)
+    for i in range(20):
+        library.add(make_expert(i), f"e{i}")
+    scans = []
+    scan = LocalStore._scan_refs
+    monkeypatch.setattr(LocalStore, "_scan_refs", lambda self: scans.append(1) or scan(self))
+    assert len([library[name] for name in library]) == 20
+    assert len(scans) == 1
+    library.add(make_expert(21), "new")
+    library.tag("new", "new:v1")
+    assert len(scans) == 1
