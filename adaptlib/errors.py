@@ -54,5 +54,13 @@ class BaseMismatchError(RefusedError):
     """An expert and a base model that do not belong together."""
 
 
-class BaseWarning(UserWarning):
+class AdaptlibWarning(UserWarning):
+    """The root of what the command line passes on as a sentence."""
+
+
+class DataWarning(AdaptlibWarning):
+    """Data that is used, but not as it was given: shortened or in part."""
+
+
+class BaseWarning(AdaptlibWarning):
     """The base model may not be the one an expert was trained for; its shapes agree."""

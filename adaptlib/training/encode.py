@@ -1,6 +1,6 @@
-"""From rows to batches: token ids with a loss on the answer only, grouped by length."""
+"""From rows to batches: token ids with a loss on the answers only, grouped by length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -10,10 +10,33 @@ from jaxtyping import Int
 from torch import Tensor
 
 from adaptlib.errors import UsageError
-from adaptlib.training.tasks import Row, Task, answer, prompt
+from adaptlib.training.tasks import Chat, Item, Row, Task, Text, answer
+from adaptlib.training.tokens import (
+    begins,
+    conversations,
+    eos_of,
+    pad_of,
+    prompt_ids,
+    prompts_ids,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Encoded",
+    "Example",
+    "batches",
+    "collate",
+    "encode_items",
+    "encode_task",
+    "eos_of",
+    "pad_of",
+    "prompt_ids",
+]
 
 IGNORED = -100  # what cross_entropy leaves out by default
 POOL = 8  # batches whose rows are sorted by length together
@@ -22,92 +45,175 @@ POOL = 8  # batches whose rows are sorted by length together
 @final
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of prompt + answer + eos; the answer starts at `start`."""
+    """Token ids, and at each position the id again where it is to be predicted from those before
+    it, `IGNORED` elsewhere. The first is never predicted; at least one is."""
 
     ids: tuple[int, ...]
-    start: int
+    targets: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A split as examples; how many of its inputs were shortened to fit (`cut`), and how many rows
+    were left out because their output does not fit (`dropped`)."""
+
+    examples: tuple[Example, ...] = ()
+    cut: int = 0
+    dropped: int = 0
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Right-padded examples. `labels` is the id to predict *at* that position, -100 elsewhere."""
+    """Right-padded examples. `labels` is the id to predict *at* that position, -100 elsewhere;
+    `rows` are the examples' positions in the list that they were taken from."""
 
     input_ids: Int[Tensor, "example tok"]
     attention_mask: Int[Tensor, "example tok"]
     labels: Int[Tensor, "example tok"]
+    rows: tuple[int, ...]
 
 
-def eos_of(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that ends an answer. Raises UsageError where the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
-        raise UsageError(
-            "the tokenizer has no eos token, so an answer could never end",
-            hint="set tokenizer.eos_token before training",
-        )
-    return _one_id(tokenizer.eos_token_id)
+def encode_task(
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    split: str,
+    *,
+    max_length: int,
+    drop_long: bool = False,
+) -> Encoded:
+    """Examples of at most `max_length` tokens, in the order of the rows of `split`; none where the
+    task has no such split.
 
+    Row: prompt, answer, eos, with the loss on answer and eos. The input is cut at its end to fit.
+    Chat: the tokenizer's own template, with the loss on every turn of the assistant and what ends
+    it; no eos is added. A conversation is cut at its start to fit; its last answer stays whole.
+    Text: text and eos, with the loss on both. A long one becomes several examples, each beginning
+    with the last token of the one before, so that every token but the first is predicted once.
 
-def pad_of(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id to pad with; eos where there is no pad token, as the mask hides it anyhow."""
-    pad = tokenizer.pad_token_id
-    return eos_of(tokenizer) if pad is None else _one_id(pad)
-
-
-def _one_id(value: object) -> int:
-    if not isinstance(value, int):  # transformers' type allows for lists and names
-        raise UsageError(f"the tokenizer's special token has no single id: {value!r}")
-    return value
-
-
-def prompt_ids(
-    tokenizer: "PreTrainedTokenizerBase", instruction: str, text: str, *, room: int
-) -> tuple[list[int], bool]:
-    """The prompt's ids, at most `room` of them, and whether the input was cut to fit.
-
-    The input is cut at its end, so that the instruction and "Answer:" are always whole. Special
-    tokens are the tokenizer's own (a bos where it adds one), never an eos.
+    Raises UsageError where an output does not fit (with `drop_long` such rows are left out, and it
+    is raised where none is left), where the instruction alone leaves no room, and where tokenizer
+    and task do not go together (no eos, no chat template, one that rewrites earlier turns).
     """
-    eos = tokenizer.eos_token_id
-
-    def encode(some: str) -> list[int]:
-        ids = list(tokenizer(prompt(instruction, some)).input_ids)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
-
-    ids = encode(text)
-    if len(ids) <= room:
-        return ids, False
-    inner = tokenizer(text, add_special_tokens=False).input_ids
-    kept = len(inner)
-    while len(ids) > room:
-        if kept == 0:
-            raise UsageError(
-                f"the instruction alone takes {len(ids)} tokens; there is room for {room}",
-                hint="a shorter instruction, or a larger max_length",
-            )
-        # A cut inside a character decodes to U+FFFD, which takes more tokens than were cut off: so
-        # what is kept shrinks at every turn, whatever the new text takes.
-        kept = max(0, kept - (len(ids) - room))
-        ids = encode(str(tokenizer.decode(inner[:kept])).rstrip("\ufffd"))
-    return ids, True
+    return encode_items(
+        tokenizer,
+        task,
+        task.rows.get(split, ()),
+        split,
+        max_length=max_length,
+        drop_long=drop_long,
+    )
 
 
-def encode_rows(
-    tokenizer: "PreTrainedTokenizerBase", task: Task, rows: tuple[Row, ...], *, max_length: int
-) -> tuple[list[Example], int]:
-    """Examples of at most `max_length` tokens, and how many inputs were cut for that."""
-    eos, examples, cuts = eos_of(tokenizer), [], 0
-    for row in rows:
-        tail = [*tokenizer(answer(row.output), add_special_tokens=False).input_ids, eos]
-        room = max_length - len(tail)
-        head, cut = prompt_ids(tokenizer, task.instruction, row.input, room=room)
-        examples.append(Example(tuple(head + tail), len(head)))
-        cuts += cut
-    return examples, cuts
+def encode_items(
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    items: Sequence[Item],
+    split: str,
+    *,
+    max_length: int,
+    drop_long: bool = False,
+    last_only: bool = False,
+) -> Encoded:
+    """`encode_task` for other rows than the task's own; `split` is only what messages call them.
+    With `last_only` the loss on a conversation is on its last answer alone."""
+    if not items:
+        return Encoded()
+    if max_length < 2:
+        raise UsageError(f"max_length wants 2 tokens or more; got {max_length}")
+    of = f"{split}, task {task.name}"
+    if task.form == "text":
+        return _texts(tokenizer, [t.text for t in items if isinstance(t, Text)], of, max_length)
+    if task.form == "chat":
+        chats = [item for item in items if isinstance(item, Chat)]
+        whole, needs = _chats(tokenizer, chats, of, last_only)
+        fit = _fitting(needs, of, max_length, drop_long)
+        short = [_last(tokenizer, whole[i], max_length) for i in fit]
+        cut = sum(len(whole[i].ids) > max_length for i in fit)
+        return Encoded(tuple(short), cut, len(items) - len(fit))
+    rows = [item for item in items if isinstance(item, Row)]
+    bare = len(tokens(tokenizer, [task.prompt(Row("", ""))], special=True)[0])
+    if bare >= max_length:
+        raise UsageError(
+            f"task {task.name}: the instruction alone takes {bare} tokens; max_length is "
+            f"{max_length}",
+            hint="a shorter instruction, or a larger max_length",
+        )
+    eos = eos_of(tokenizer)
+    tails = tokens(tokenizer, [answer(row.output) for row in rows], special=False)
+    tails = [[*tail, eos] for tail in tails]
+    fit = _fitting([bare + len(tail) for tail in tails], of, max_length, drop_long)
+    texts, rooms = [rows[i].input for i in fit], [max_length - len(tails[i]) for i in fit]
+    heads = prompts_ids(tokenizer, task.instruction, texts, rooms)
+    examples = tuple(
+        Example((*head, *tails[i]), (*[IGNORED] * len(head), *tails[i]))
+        for i, (head, _) in zip(fit, heads, strict=True)
+    )
+    return Encoded(examples, sum(cut for _, cut in heads), len(rows) - len(fit))
 
 
-def collate(examples: list[Example], pad: int) -> Batch:
-    """One right-padded batch; each position is labelled with the token after it."""
+def _fitting(needs: Sequence[int], of: str, max_length: int, drop_long: bool) -> list[int]:
+    """The positions of the rows that fit; each needs so many tokens at least."""
+    fit = [i for i, need in enumerate(needs) if need <= max_length]
+    if len(fit) == len(needs) or (drop_long and fit):
+        return fit
+    first = next(i for i, need in enumerate(needs) if need > max_length)
+    larger = f"--max-length {max(needs)} fits them all"
+    raise UsageError(
+        f"{len(needs) - len(fit)} of {len(needs)} rows of {of}, have an output that does not fit "
+        f"max_length {max_length}; the first is row {first + 1}, which takes {needs[first]} tokens "
+        "without its input",
+        hint=f"{larger}; without them none is left"
+        if not fit
+        else f"{larger}, or --drop-long leaves them out",
+    )
+
+
+def _chats(
+    tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Chat], of: str, last_only: bool
+) -> tuple[list[Example], list[int]]:
+    """Conversations of whatever length, and how many tokens each takes at least: the last answer,
+    the bos, and one more to predict the first of the answer from."""
+    examples, needs = [], []
+    for chat in conversations(tokenizer, chats, of=of):
+        targets = [IGNORED] * len(chat.ids)
+        for start, end in chat.spans[-1:] if last_only else chat.spans:
+            targets[start:end] = chat.ids[start:end]
+        examples.append(Example(chat.ids, tuple(targets)))
+        last, bos = chat.spans[-1][0], begins(tokenizer, chat.ids)
+        needs.append(len(chat.ids) - last + min(last, bos + 1))
+    return examples, needs
+
+
+def _last(tokenizer: "PreTrainedTokenizerBase", example: Example, room: int) -> Example:
+    """The end of an example, and its bos."""
+    if len(example.ids) <= room:
+        return example
+    bos = begins(tokenizer, example.ids)
+    start = len(example.ids) - (room - bos)
+    ids = example.ids[:bos] + example.ids[start:]
+    # what would have led to the first token after the cut is gone
+    return Example(ids, (*[IGNORED] * (bos + 1), *example.targets[start + 1 :]))
+
+
+def _texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], of: str, max_length: int
+) -> Encoded:
+    eos, examples = eos_of(tokenizer), []
+    for number, inner in enumerate(tokens(tokenizer, texts, special=True), 1):
+        ids = (*inner, eos)
+        if len(ids) < 2:
+            raise UsageError(f"row {number} of {of}: the tokenizer makes no tokens of this text")
+        for start in range(0, len(ids) - 1, max_length - 1):
+            window = ids[start : start + max_length]
+            examples.append(Example(window, (IGNORED, *window[1:])))
+    return Encoded(tuple(examples))
+
+
+def collate(examples: Sequence[Example], pad: int, rows: Sequence[int] | None = None) -> Batch:
+    """One right-padded batch; each position is labelled with the token after it. `rows` as in
+    `Batch`, by default 0, 1, ..."""
     width = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), width), pad)
     mask = torch.zeros(len(examples), width, dtype=torch.long)
@@ -116,12 +222,12 @@ def collate(examples: list[Example], pad: int) -> Batch:
         n = len(example.ids)
         ids[i, :n] = torch.tensor(example.ids)
         mask[i, :n] = 1
-        labels[i, example.start - 1 : n - 1] = torch.tensor(example.ids[example.start :])
-    return Batch(ids, mask, labels)
+        labels[i, : n - 1] = torch.tensor(example.targets[1:])
+    return Batch(ids, mask, labels, tuple(range(len(examples)) if rows is None else rows))
 
 
 def batches(
-    examples: list[Example], *, size: int, pad: int, seed: int | None = None
+    examples: Sequence[Example], *, size: int, pad: int, seed: int | None = None
 ) -> Iterator[Batch]:
     """Every example once, in batches of up to `size` of about the same length.
 
@@ -139,6 +245,6 @@ def batches(
     for i in range(0, len(order), pool):
         part = order[i : i + pool]
         part = part[np.argsort(lengths[part], kind="stable")]
-        groups += [part[j : j + size] for j in range(0, len(part), size)]
+        groups += [part[j : j + size].tolist() for j in range(0, len(part), size)]
     for i in range(len(groups)) if generator is None else generator.permutation(len(groups)):
-        yield collate([examples[j] for j in groups[i]], pad)
+        yield collate([examples[j] for j in groups[i]], pad, groups[i])

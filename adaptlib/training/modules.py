@@ -1,5 +1,6 @@
 """Which modules an expert adapts, and how a model is borrowed and given back as it was."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,9 @@ Linear = nn.Linear | Conv1D
 def target_modules(model: PreTrainedModel, target: str | tuple[str, ...]) -> dict[str, Linear]:
     """The linear modules (nn.Linear, Conv1D) that `target` names, by their name in the model.
 
-    `all-linear` is every one but the output embeddings; a tuple holds names or ends of names
-    (`("q_proj", "v_proj")`). Raises UsageError where an entry matches nothing.
+    `all-linear` is every one but the output embeddings. Else each entry is a name, the end of a
+    name (`q_proj`) or `re:` and a regular expression for the whole name
+    (`re:.*layers\\.[01]\\..*`). Raises UsageError where an entry matches nothing.
     """
     head = model.get_output_embeddings()
     linear = {
@@ -26,17 +28,29 @@ def target_modules(model: PreTrainedModel, target: str | tuple[str, ...]) -> dic
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    if target == ALL_LINEAR:
+    if target == ALL_LINEAR or target == (ALL_LINEAR,):
         return linear
-    suffixes = (target,) if isinstance(target, str) else target
-    chosen = {}
-    for suffix in suffixes:
-        hits = {n: m for n, m in linear.items() if n == suffix or n.endswith(f".{suffix}")}
+    chosen: set[str] = set()
+    for entry in (target,) if isinstance(target, str) else target:
+        hits = [name for name in linear if _names(entry, name)]
         if not hits:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UsageError(f"target {suffix!r} matches no linear module; there are: {known}")
-        chosen |= hits
+            raise UsageError(
+                f"target {entry!r} matches no linear module; there are: {known}",
+                hint=f"one of these, {ALL_LINEAR}, or re: and a pattern for a whole name such as "
+                f"{next(iter(linear), 'model.layers.0.mlp.up_proj')}",
+            )
+        chosen.update(hits)
     return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _names(entry: str, name: str) -> bool:
+    if not entry.startswith("re:"):
+        return bool(entry) and (name == entry or name.endswith(f".{entry}"))
+    try:
+        return re.fullmatch(entry[3:], name) is not None
+    except re.error as error:
+        raise UsageError(f"target {entry!r} is no regular expression: {error}") from error
 
 
 def shape_of(module: Linear) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from adaptlib.errors import NotFoundError, UsageError
 from adaptlib.evaluation.score import exact_match, label_accuracy, same
 from adaptlib.training.loop import TrainOptions, train
 from adaptlib.training.modules import applied
-from adaptlib.training.tasks import Row, Task, read_task
+from adaptlib.training.readers import read_task
+from adaptlib.training.tasks import Chat, Message, Row, Task, Text
+from tests.training.chats import CHATML, PLAIN, with_template
 
 
 def one_at_a_time(model, tokenizer, task: Task, tokens: int) -> list[str]:
@@ -79,6 +82,108 @@ def test_label_accuracy_is_the_likeliest_label_by_hand(small, tokenizer) -> None
     assert list(score.predictions) == wanted
     with pytest.raises(UsageError, match="free answers"):
         label_accuracy(small, tokenizer, Task("t", "do", {"test": (Row("a", "b"),)}))
+
+
+def talks(task: Task, split: str) -> Task:
+    """The rows of a task as conversations, each after one that was answered."""
+    before = (Message("user", "red blue"), Message("assistant", "red"))
+    rows = tuple(
+        Chat((*before, Message("user", row.input), Message("assistant", row.output)))
+        for row in task.split(split)
+    )
+    return Task("talks", "", {"train": rows, "test": rows[:12]})
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["ends", "newlines"])
+def test_a_conversation_is_answered_where_its_template_asks(
+    small, tokenizer, task, template: str
+) -> None:
+    """Greedy by hand from the rendered text on, up to what the template ends an answer with."""
+    chatty, data = with_template(tokenizer, template), talks(task, "train")
+    options = TrainOptions(epochs=8, batch_size=8, rank=8, lr=2e-2, dtype=torch.float32)
+    with applied(small, train(small, chatty, data, options=options)):
+        score = exact_match(small, chatty, data, batch_size=5)
+        wanted = []
+        for chat in data.split("test"):
+            assert isinstance(chat, Chat)
+            text = chatty.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in chat.messages[:-1]],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            ids, said = chatty(text, add_special_tokens=False).input_ids, ""
+            while len(said) < 6:
+                with torch.no_grad():
+                    likeliest = small(torch.tensor([ids])).logits[0, -1].argmax().item()
+                ids.append(likeliest)
+                piece = chatty.decode([likeliest])
+                if piece == (chatty.eos_token if template == CHATML else "\n"):
+                    break
+                said += piece
+            wanted.append(said.strip())
+    assert list(score.predictions) == wanted
+    outputs = [chat.messages[-1].content for chat in data.split("test")]  # type: ignore[union-attr]
+    hits = sum(said == output for said, output in zip(wanted, outputs, strict=True))
+    assert score.value == hits / 12
+    assert hits > 0  # it was taught these very rows: what is learnt is what is asked for
+    assert (score.n, score.cut) == (12, 0)
+
+
+class Says:
+    """A model that always says the same, and at every token has the same logits."""
+
+    def __init__(self, tokenizer, text: str, likely: dict[str, float] | None = None) -> None:
+        self.said = torch.tensor(tokenizer(text).input_ids)
+        self.logits = torch.zeros(len(tokenizer))
+        for token, logit in (likely or {}).items():
+            self.logits[tokenizer(token).input_ids] = logit
+        self.ends: list[int] = []
+
+    def generate(self, *, input_ids, eos_token_id, max_new_tokens, **_options):
+        self.ends = eos_token_id
+        new = self.said[:max_new_tokens].expand(len(input_ids), -1)
+        return torch.cat([input_ids, new], dim=1)
+
+    def __call__(self, *, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "wanted"),
+    [(CHATML, ["<eos>"], "red\nblue"), (PLAIN, ["<eos>", "\n"], "red")],
+    ids=["ends", "newlines"],
+)
+def test_an_answer_has_lines_where_the_template_lets_it(tokenizer, template, ends, wanted) -> None:
+    chatty = with_template(tokenizer, template)
+    chat = Chat((Message("user", "red blue"), Message("assistant", wanted)))
+    model = Says(tokenizer, "red\nblue<eos>\nmore" if template == CHATML else "red\nblue")
+    score = exact_match(model, chatty, Task("t", "", {"test": (chat,)}), max_new_tokens=9)
+    assert {chatty.decode([end]) for end in model.ends} == {*ends}
+    assert score.value == 1.0
+
+
+def test_a_label_of_a_conversation_is_its_likeliest_last_answer(tokenizer) -> None:
+    """Not that with the likeliest mean over all answers, which would be the longest here, as the
+    first answer is very unlikely."""
+    chatty = with_template(tokenizer, CHATML)
+    labels = ("maybe so", "yes")
+    before = (Message("user", "hello"), Message("assistant", "QQQQ"))
+    rows = tuple(
+        Chat((*before, Message("user", f"{i} is"), Message("assistant", labels[i % 2])))
+        for i in range(20)
+    )
+    model = Says(tokenizer, "", {"Q": -30.0, "yes": 2.0})
+    score = label_accuracy(model, chatty, Task("t", "", {"test": rows}), batch_size=7)
+    assert score.predictions == ("yes",) * 20
+    assert (score.value, score.n, score.cut) == (0.5, 20, 0)
+
+
+def test_a_text_has_no_score(small, tokenizer) -> None:
+    texts = Task("t", "", {"test": (Text("a b"),)})
+    with pytest.raises(UsageError, match="task t is of texts"):
+        exact_match(small, tokenizer, texts)
+    with pytest.raises(UsageError, match="task t is of texts"):
+        label_accuracy(small, tokenizer, texts)
 
 
 @pytest.mark.skipif(

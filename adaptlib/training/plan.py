@@ -1,0 +1,246 @@
+"""What a training run will be, before its first step: data, steps, parameters, memory, identity."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from transformers import PreTrainedModel
+
+from adaptlib.errors import DataWarning, UsageError
+from adaptlib.experts.base import BaseModel
+from adaptlib.training.encode import IGNORED, Example, encode_task
+from adaptlib.training.full import FullTrainee
+from adaptlib.training.lora import LoRATrainee
+from adaptlib.training.masks import SELECTIONS, kept
+from adaptlib.training.modules import Linear, shape_of, target_modules
+from adaptlib.training.options import DEFAULTS, TrainOptions
+from adaptlib.training.sparse import SparseTrainee
+from adaptlib.training.tasks import Task
+from adaptlib.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2  # raised where the same data and options would give another expert than before
+MAX_LENGTH = 512  # tokens, where nobody says
+
+KINDS: dict[str, type[Trainee]] = {
+    "full": FullTrainee,
+    "lora": LoRATrainee,
+    "sparse": SparseTrainee,
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A training run before its first step. `tokens` are those of one epoch, `longest` those of
+    the longest example, `cut` the inputs that were shortened and `dropped` the rows left out, over
+    both splits; `trainable` counts parameters once masks are fixed; `memory` is an estimate in
+    bytes at its peak, the model's weights included; `key` names everything that decides the
+    expert's bytes."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    kind: str
+    options: TrainOptions
+    train: tuple[Example, ...] = field(repr=False)
+    valid: tuple[Example, ...] = field(repr=False)
+    tokens: int
+    longest: int
+    cut: int
+    dropped: int
+    steps: int
+    modules: int
+    trainable: int
+    memory: int
+    max_length: int
+    pin: dict[str, Any]
+    key: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps // self.options.epochs
+
+
+def plan(
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task | Sequence[Task],
+    *,
+    kind: str = "lora",
+    options: TrainOptions = DEFAULTS,
+    name: str | None = None,
+    base: str | None = None,
+) -> Plan:
+    """Read and check everything that `train` will need, without training.
+
+    Raises UsageError where data, options and model do not go together; warns where inputs are
+    shortened or rows left out.
+    """
+    tasks = (task,) if isinstance(task, Task) else tuple(task)
+    if not tasks:
+        raise UsageError("there is nothing to train on: no task was given")
+    if name is None:
+        name = tasks[0].name if len(tasks) == 1 else f"joint of {len(tasks)} tasks"
+    if kind not in KINDS:
+        raise UsageError(f"kind wants {', '.join(KINDS)}; got {kind!r}")
+    modules = target_modules(model, options.target)
+    KINDS[kind].check({name: shape_of(module) for name, module in modules.items()}, options)
+    max_length = room(model, options)
+    parts, counts = {}, {}
+    for split, limit in (("train", options.rows), ("valid", None)):
+        encoded = [
+            encode_task(
+                tokenizer,
+                _first(part, split, limit),
+                split,
+                max_length=max_length,
+                drop_long=options.drop_long,
+            )
+            for part in tasks
+        ]
+        parts[split] = tuple(example for one in encoded for example in one.examples)
+        counts[split] = (sum(one.cut for one in encoded), sum(one.dropped for one in encoded))
+    train, valid = parts["train"], parts["valid"]
+    if not train:
+        raise UsageError(
+            f"task {name} has no training rows", hint="give it rows with the split train"
+        )
+    cut, dropped = (sum(pair) for pair in zip(*counts.values(), strict=True))
+    if cut or dropped:
+        said = _shortened(name, cut, dropped, len(train) + len(valid), max_length)
+        warnings.warn(said, DataWarning, stacklevel=2)
+    rows_a_step = options.batch_size * options.accumulate
+    longest = max(len(example.ids) for example in train)
+    pin = BaseModel.of(model).pin()
+    pin["id"] = base or pin["id"] or f"unnamed {model.config.model_type}"
+    return Plan(
+        name=name,
+        tasks=tasks,
+        kind=kind,
+        options=options,
+        train=train,
+        valid=valid,
+        tokens=sum(len(example.ids) for example in train),
+        longest=longest,
+        cut=cut,
+        dropped=dropped,
+        steps=math.ceil(len(train) / rows_a_step) * options.epochs,
+        modules=len(modules),
+        trainable=trainable(kind, modules, options),
+        memory=memory(model, kind, modules, options, tokens=longest * options.batch_size),
+        max_length=max_length,
+        pin=pin,
+        key=_key(model, kind, options, modules, (train, valid)),
+    )
+
+
+def room(model: PreTrainedModel, options: TrainOptions) -> int:
+    """The tokens that one example may have."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = options.max_length
+    if wanted is None:
+        return min(MAX_LENGTH, context or MAX_LENGTH)
+    if context and wanted > context:
+        raise UsageError(
+            f"max_length {wanted} is more than the model can see: its context is {context} tokens",
+            hint=f"--max-length {context}, or less",
+        )
+    return wanted
+
+
+def trainable(kind: str, modules: dict[str, Linear], options: TrainOptions) -> int:
+    """Parameters that are trained; for sparse those that stay after the first epoch."""
+    shapes = [shape_of(module) for module in modules.values()]
+    if kind == "lora":
+        return sum(options.rank * (d_out + d_in) for d_out, d_in in shapes)
+    if kind == "full":
+        return sum(d_out * d_in for d_out, d_in in shapes)
+    block = options.block**2
+    return sum(kept(d_out * d_in // block, options.keep_ratio) * block for d_out, d_in in shapes)
+
+
+def memory(
+    model: PreTrainedModel,
+    kind: str,
+    modules: dict[str, Linear],
+    options: TrainOptions,
+    *,
+    tokens: int,
+) -> int:
+    """Bytes at the peak, roughly: weights, what is trained (value, gradient, two moments), and
+    what the forward of a batch of `tokens` keeps for the backward.
+
+    The activations are those of every linear module's input and output, half as much again for
+    norms, attention and activation functions, and logits for an eighth of the tokens.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense = sum(module.weight.numel() for module in modules.values())
+    here = trainable(kind, modules, options) * 16
+    if kind == "sparse":
+        here += trainable(kind, modules, options) * 12  # positions, and W at the kept entries
+        if SELECTIONS[options.selection].when == "epoch":
+            here = max(here, dense * (16 + 4 + 4 + 1))  # and W + Ŵ ⊙ M, its gradient, the mask
+    elif kind == "full":
+        here += dense * 4
+    size = 4 if model.dtype == torch.float32 else 2
+    wide = sum(sum(shape_of(m)) for m in target_modules(model, "all-linear").values())
+    vocabulary = model.config.get_text_config().vocab_size
+    activations = tokens * (wide * size * 3 // 2 + vocabulary * 4 * 3 // 8)
+    return weights + here + activations
+
+
+def _first(task: Task, split: str, limit: int | None) -> Task:
+    rows = task.rows.get(split, ())
+    if limit is None or len(rows) <= limit:
+        return task
+    return Task(
+        task.name,
+        task.instruction,
+        {**task.rows, split: rows[:limit]},
+        category=task.category,
+        licence=task.licence,
+    )
+
+
+def _shortened(name: str, cut: int, dropped: int, rows: int, max_length: int) -> str:
+    said = []
+    if cut:
+        said.append(f"{cut} of {rows + dropped} inputs were cut to fit {max_length} tokens")
+    if dropped:
+        said.append(f"{dropped} rows were left out: their answers do not fit")
+    return f"task {name}: {'; '.join(said)}"
+
+
+def _key(
+    model: PreTrainedModel,
+    kind: str,
+    options: TrainOptions,
+    modules: dict[str, Linear],
+    splits: tuple[tuple[Example, ...], ...],
+) -> str:
+    """SHA-256 over what decides the expert: the token ids (so text, template, tokenizer and
+    max_length), the recipe, the modules, and a fingerprint of the model's weights."""
+    digest = hashlib.sha256()
+    recipe = options.recipe(kind) | {"kind": kind, "format": FORMAT, "modules": list(modules)}
+    digest.update(json.dumps(recipe, sort_keys=True).encode())
+    for examples in splits:
+        for example in examples:
+            digest.update(json.dumps([example.ids, _spans(example)]).encode())
+        digest.update(b"|")
+    for name, value in model.named_parameters():
+        flat = value.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _spans(example: Example) -> list[int]:
+    return [i for i, target in enumerate(example.targets) if target != IGNORED]
