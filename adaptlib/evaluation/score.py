@@ -198,11 +198,15 @@ def _answered(row: Item, label: str) -> Item:
 def _mean_logp(model: Any, examples: list[Example], pad: int) -> Float[Tensor, " example"]:
     batch = collate(examples, pad)
     device = getattr(model, "device", torch.device("cpu"))
+    answers = (batch.labels != IGNORED).any(0).nonzero().squeeze(1)
     with torch.inference_mode():
         logits = model(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            logits_to_keep=answers.to(device),  # a vocabulary is wide and most is prompt
+            use_cache=False,
         ).logits
-    labels = batch.labels.to(logits.device)
+    labels = batch.labels[:, answers].to(logits.device)
     logp = -torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
     )

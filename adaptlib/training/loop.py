@@ -56,6 +56,7 @@ def train(
     where the loss is not finite, and where memory or disk run out.
     """
     the_plan = plan(model, tokenizer, task, kind=kind, options=options, name=name, base=base)
+    options = the_plan.options
     # The paper chooses masks every 100 steps; its epochs have thousands. With a short epoch that
     # would be once or never, so at least four choices are made.
     often = max(1, min(options.reselect_every, the_plan.steps_per_epoch // 4))
@@ -63,7 +64,7 @@ def train(
     with (
         frozen(model),
         torch.random.fork_rng(devices),
-        torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16),
+        _autocast(model, bool(options.bf16)),
         _enough_memory(the_plan),
     ):
         trainee = KINDS[kind](
@@ -116,6 +117,12 @@ def card(plan: Plan, counts: Counts) -> dict[str, Any]:
         "metrics": metrics,
     }
     return {key: value for key, value in whole.items() if value is not None}
+
+
+def _autocast(model: PreTrainedModel, enabled: bool) -> torch.autocast:
+    # Its cache of weights in bfloat16 lives as long as the context: here over many steps, after
+    # each of which those that are trained are others.
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class TrainOptions:
 
     Steps: `lr` is the peak; it rises over the first `warmup` of the steps and falls to zero along
     `schedule`. A step is `accumulate` batches of `batch_size` rows; gradients are clipped to norm
-    `clip`. `bf16` is autocast.
+    `clip`. `bf16` is autocast to bfloat16 (None: where it pays, see `plan.bf16_pays`).
 
     Data: `max_length` in tokens, prompt and answer together (None: 512, or the model's context
     where that is less), `drop_long` leaves rows out whose answer does not fit, `rows` is the most
@@ -56,7 +56,7 @@ class TrainOptions:
     accumulate: int = 1
     clip: float = 1.0
     weight_decay: float = 0.0
-    bf16: bool = False
+    bf16: bool | None = None
     max_length: int | None = None
     drop_long: bool = False
     rows: int | None = None

@@ -15,6 +15,7 @@ from adaptlib.training import TrainOptions, plan, train
 from adaptlib.training.encode import IGNORED, batches, encode_task
 from adaptlib.training.lora import LoRATrainee
 from adaptlib.training.modules import applied, target_modules
+from adaptlib.training.plan import bf16_pays
 from adaptlib.training.run import schedule
 from adaptlib.training.tasks import Row, Task
 
@@ -251,3 +252,164 @@ def test_an_expert_of_another_model_is_not_applied(small, tokenizer, task) -> No
         with pytest.raises(BaseMismatchError, match=name), applied(small, expert):
             pass
     assert_same_state(before, state(small))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_learns_as_well(small, tokenizer, task, kind) -> None:
+    options = dataclasses.replace(QUICK, epochs=4, lr=2e-2, bf16=True)
+    expert = train(small, tokenizer, task, kind=kind, options=options)
+    single = dataclasses.replace(options, bf16=False)
+    wanted = train(small, tokenizer, task, kind=kind, options=single).card["metrics"]["valid_loss"]
+    assert expert.card["metrics"]["valid_loss"] == pytest.approx(wanted, rel=0.05)
+    assert expert.card["training"]["bf16"] is True
+
+
+def test_bfloat16_is_for_wide_models_on_machines_that_have_it(small, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not bf16_pays(small)
+    monkeypatch.setattr(small.config, "hidden_size", 512)
+    assert bf16_pays(small)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not bf16_pays(small)
+
+
+def test_rows_are_the_first_of_each_task(small, tokenizer, task) -> None:
+    other = Task("other", "Do.", {"train": tuple(Row(str(i), "x") for i in range(9))})
+    both = plan(small, tokenizer, (task, other), options=dataclasses.replace(QUICK, rows=5))
+    assert len(both.train) == 10
+    assert both.train[:5] == plan(small, tokenizer, task, options=QUICK).train[:5]
+    assert len(both.valid) == 12
+
+
+def test_a_joint_expert_learns_all_of_its_tasks(small, tokenizer, task) -> None:
+    rows = tuple(Row(f"{a} {b}", b) for a in ("red", "blue", "pink") for b in ("teal", "gray"))
+    last = Task("last_word", "Say the last word.", {"train": rows * 4, "valid": rows})
+    options = dataclasses.replace(QUICK, epochs=4, lr=2e-2)
+    expert = train(small, tokenizer, (task, last), name="words", options=options)
+    card = expert.card
+    assert (card["task"], card["tasks"]) == ("words", ["first_word", "last_word"])
+    assert [entry["digest"] for entry in card["training"]["data"]] == [task.digest, last.digest]
+    before = [plain_loss(small, tokenizer, one, "valid") for one in (task, last)]
+    with applied(small, expert):
+        after = [plain_loss(small, tokenizer, one, "valid") for one in (task, last)]
+    assert after[0] < before[0] - 0.3
+    assert after[1] < before[1] - 0.3
+
+
+def test_accumulated_steps_are_those_of_one_large_batch(small, tokenizer, task) -> None:
+    """The mean is over all answers of a step, not a mean of the means of its batches."""
+    rows = task.rows["train"][:16]
+    uneven = Task(
+        "t", "Do.", {"train": tuple(Row(r.input, r.output * (i + 1)) for i, r in enumerate(rows))}
+    )
+    one = dataclasses.replace(QUICK, epochs=2, batch_size=16, lr=2e-2)
+    two = dataclasses.replace(one, batch_size=4, accumulate=4)
+    assert_close_deltas(
+        train(small, tokenizer, uneven, options=one), train(small, tokenizer, uneven, options=two)
+    )
+
+
+def assert_close_deltas(one: Expert, two: Expert) -> None:
+    for name, delta in one.deltas.items():
+        torch.testing.assert_close(delta.dense(), two.deltas[name].dense(), rtol=0, atol=1e-4)
+
+
+def test_training_ends_early_where_it_does_not_get_better(small, tokenizer, task) -> None:
+    wild = dataclasses.replace(QUICK, lr=0.3, epochs=12, patience=2, schedule="constant")
+    seen = []
+    expert = train(small, tokenizer, task, options=wild, progress=seen.append)
+    losses = [report.valid_loss for report in seen if report.valid_loss is not None]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 12
+    assert expert.card["training"]["best_epoch"] == best + 1
+    assert expert.card["training"]["steps"] == 5 * len(losses)
+    assert expert.card["metrics"]["valid_loss"] == round(min(losses), 4)
+
+
+def test_schedules_rise_and_fall() -> None:
+    options = {s: TrainOptions(warmup=0.1, schedule=s) for s in ("constant", "cosine", "linear")}
+    for name, some in options.items():
+        assert schedule(0.0, some) == 0.0, name
+        assert schedule(0.05, some) == pytest.approx(0.5)
+        assert schedule(0.1, some) == pytest.approx(1.0)
+    assert schedule(1.0, options["constant"]) == 1.0
+    assert schedule(1.0, options["linear"]) == schedule(1.0, options["cosine"]) == 0.0
+    assert schedule(0.55, options["linear"]) == pytest.approx(0.5)
+    assert schedule(0.55, options["cosine"]) == pytest.approx(0.5)
+    assert schedule(0.325, options["cosine"]) == pytest.approx(0.5 + 0.5**1.5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [
+        ("re:.*layers\\.1\\..*", 7),
+        ("re:.*_proj", 14),
+        ("model.layers.0.mlp.up_proj", 1),
+        ("mlp.up_proj", 2),
+    ],
+)
+def test_targets_by_pattern(small, entry, count) -> None:
+    assert len(target_modules(small, (entry,))) == count
+
+
+@pytest.mark.parametrize("entry", ["re:up_proj", "re:(", "proj", "", "embed_tokens", "lm_head"])
+def test_targets_that_match_nothing_say_what_there_is(small, entry) -> None:
+    with pytest.raises(UsageError, match=r"no linear module; there are: down_proj|no regular"):
+        target_modules(small, (entry,))
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(small, tokenizer, task) -> None:
+    seen = []
+
+    def attempt(task_=task, kind="lora", **options) -> None:
+        wanted = dataclasses.replace(QUICK, **options)
+        train(small, tokenizer, task_, kind=kind, options=wanted, progress=seen.append)
+
+    with pytest.raises(UsageError, match=r"rank 17 is above what model\.layers\.0\.\S+ can have"):
+        attempt(rank=17)  # k_proj is 16 x 32
+    with pytest.raises(UsageError, match="its context is 256 tokens"):
+        attempt(max_length=257)
+    with pytest.raises(UsageError, match="no training rows"):
+        attempt(Task("t", "Do.", {"test": (Row("a", "b"),)}))
+    with pytest.raises(UsageError, match="nothing to train on"):
+        attempt(())
+    assert not seen
+
+
+def test_out_of_memory_says_what_to_lower(small, tokenizer, task, monkeypatch) -> None:
+    def full(*args, **options):
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+    before = state(small)
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(AdaptlibError, match="out of memory while training on first_word") as error:
+        train(small, tokenizer, task, options=QUICK)
+    assert "--batch-size 4 --accumulate 2" in str(error.value.hint)
+    assert_same_state(before, state(small))
+
+
+def test_the_key_names_what_decides_the_expert(small, tokenizer, task) -> None:
+    def key(task_=task, kind="lora", model=small, **options) -> str:
+        wanted = dataclasses.replace(QUICK, **options)
+        return plan(model, tokenizer, task_, kind=kind, options=wanted).key
+
+    rows = {**task.rows, "train": task.rows["train"][::-1]}
+    same = Task("another name", task.instruction, task.rows)
+    assert key() == key(same)
+    assert key(keep_ratio=0.5) == key()  # that is for sparse
+    others = [
+        key(kind="sparse"),
+        key(kind="sparse", keep_ratio=0.5),
+        key(lr=0.5),
+        key(init_seed=1),
+        key(max_length=200),
+        key(target=("q_proj",)),
+        key(Task("t", "Other.", task.rows)),
+        key(Task("t", task.instruction, rows)),
+    ]
+    small.model.norm.weight.data[0] += 1e-3
+    others.append(key())
+    assert len({key(), *others}) == len(others)  # the last is `key()` now

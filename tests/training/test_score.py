@@ -144,8 +144,9 @@ class Says:
         new = self.said[:max_new_tokens].expand(len(input_ids), -1)
         return torch.cat([input_ids, new], dim=1)
 
-    def __call__(self, *, input_ids, attention_mask):
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+    def __call__(self, *, input_ids, attention_mask, logits_to_keep, use_cache):
+        rows, columns = len(input_ids), len(logits_to_keep)
+        return SimpleNamespace(logits=self.logits.expand(rows, columns, -1))
 
 
 @pytest.mark.parametrize(
