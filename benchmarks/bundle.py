@@ -1,14 +1,12 @@
-"""What the bundled experts and routers are worth, on the test splits of their own tasks.
+"""What routers over the bundled experts are worth, on the test splits of the experts' tasks.
 
     python benchmarks/bundle.py --data DATA [--workers 2] [--rows 200]
 
 `DATA` (or ADAPTLIB_DATA) holds tasks.tar.xz and tasks.json. Writes docs/results.json as it goes, so a
-run that was interrupted goes on, and docs/results.md from it. Nothing is left out: an expert that
-does no better than its base stands in the table like the others.
+run that was interrupted goes on, and then docs/results.md, whose second part this is.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import tarfile
@@ -19,11 +17,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results.json"
-REPORT = ROOT / "docs" / "results.md"
-TOP_K = 4
-K = 10  # clusters
+from report import ROUTING, write_report
+from report_routing import TOP_K, K, bundle_digest
+
+FAMILIES = {1: "element-sparse", 16: "block-sparse"}
 
 
 def unpack(data: Path, where: Path) -> Path:
@@ -97,8 +94,13 @@ def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
     return result
 
 
-def measure_sparse(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
-    """The same for the sparse experts among themselves, on the task of one of them."""
+def family(expert: Any) -> str:
+    """Which sparse experts an expert is compared with: those of its block size."""
+    return FAMILIES[next(iter(expert.deltas.values())).block]
+
+
+def measure_sparse(folder: Path, own: str, rows: int) -> dict[str, Any]:
+    """The same for the sparse experts of one family among themselves, on the task of `own`."""
     import torch
 
     torch.set_num_threads(1)
@@ -108,11 +110,17 @@ def measure_sparse(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
     from adaptlib.routing import Arrow, Named, Uniform, attach
     from adaptlib.training import read_task
 
+    sparse = {name: e for name, e in experts().items() if e.kind == "sparse"}
+    kind, task_name = family(sparse[own]), sparse[own].card["task"]
+    sparse = {name: expert for name, expert in sparse.items() if family(expert) == kind}
     task = read_task(folder / f"{task_name}.jsonl")
     model, tokenizer = load(DEMO_BASE)
-    sparse = {name: e for name, e in experts().items() if e.kind == "sparse"}
-    own = next(name for name, expert in sparse.items() if expert.card["task"] == task_name)
-    result: dict[str, Any] = {"task": task_name, "own": own, "experts": len(sparse)}
+    result: dict[str, Any] = {
+        "task": task_name,
+        "own": own,
+        "family": kind,
+        "experts": len(sparse),
+    }
     routers = {
         "uniform": Uniform.fit(sparse),
         "arrow": Arrow.fit(sparse, top_k=TOP_K),
@@ -144,16 +152,6 @@ def first_choices(
     return chosen
 
 
-def bundle_digest() -> str:
-    """One digest over the bundle's files: results of another bundle are not mixed in."""
-    from adaptlib.demo import BUNDLE
-
-    digest = hashlib.sha256()
-    for path in sorted(BUNDLE.rglob("*.safetensors")):
-        digest.update(path.relative_to(BUNDLE).as_posix().encode() + path.read_bytes())
-    return "sha256:" + digest.hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("ADAPTLIB_DATA"))
@@ -166,8 +164,8 @@ def main() -> None:
 
     tasks = sorted({expert.card["task"] for expert in experts().values()})
     done: dict[str, Any] = {"bundle": bundle_digest(), "rows": options.rows, "tasks": {}}
-    if RESULTS.exists():
-        before = json.loads(RESULTS.read_text())
+    if ROUTING.exists():
+        before = json.loads(ROUTING.read_text())
         if before["bundle"] == done["bundle"] and before["rows"] == options.rows:
             done = before
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,141 +176,16 @@ def main() -> None:
             for job in as_completed(jobs):
                 result = job.result()
                 done["tasks"][result["task"]] = result
-                RESULTS.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
+                ROUTING.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
                 print(f"{result['task']:45} {result['seconds']:6.1f} s", flush=True)
-            kinds = {e.card["task"] for e in experts().values() if e.kind == "sparse"}
-            todo = sorted(kinds - done.setdefault("sparse", {}).keys())
-            jobs = [pool.submit(measure_sparse, folder, task, options.rows) for task in todo]
+            sparse = {name for name, e in experts().items() if e.kind == "sparse"}
+            todo = sorted(sparse - done.setdefault("sparse", {}).keys())
+            jobs = [pool.submit(measure_sparse, folder, own, options.rows) for own in todo]
             for job in as_completed(jobs):
                 result = job.result()
-                done["sparse"][result["task"]] = result
-                RESULTS.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
-    REPORT.write_text(report(done))
-
-
-def report(done: dict[str, Any]) -> str:
-    """docs/results.md from the numbers."""
-    from adaptlib.demo import experts
-
-    all_experts = experts()
-    tasks = done["tasks"]
-    lines = [
-        "# Results: the bundle",
-        "",
-        "Written by `python benchmarks/bundle.py --data DATA` from `docs/results.json`; every number",
-        "is exact match on the first rows of the task's test split (greedy, case-insensitive), as",
-        "measured. The base model and the experts are those in `adaptlib/demo/bundle/`.",
-        "",
-        "## Each expert against the base",
-        "",
-        "*Base* is the base model's exact match; it was never shown the form of an answer, so for tasks",
-        "with labels *base label* is how often the right label is the likeliest to it (highest mean",
-        "log-likelihood). *Majority* is the score of always giving the commonest answer.",
-        "",
-        "| expert | task | category | kind | rows | base | base label | majority | expert |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    gains: dict[str, list[float]] = {}
-    for name, expert in sorted(all_experts.items()):
-        row = tasks[expert.card["task"]]
-        value, kind = row["experts"][name], _kind(expert)
-        label = row["base_label"]
-        best = max(row["base"], label or 0.0, row["majority"])
-        gains.setdefault(kind, []).append(value - best)
-        lines.append(
-            f"| {name} | {row['task']} | {row['category']} | {kind} | {row['n']} | "
-            f"{row['base']:.3f} | {'' if label is None else f'{label:.3f}'} | "
-            f"{row['majority']:.3f} | {value:.3f} |"
-        )
-    lines.append("")
-    for kind, values in gains.items():
-        lines.append(
-            f"- {kind}: {len(values)} experts, above the best of base, base label and majority by "
-            f"{sum(values) / len(values):.3f} on average, by {min(values):.3f} at least"
-        )
-    routed = [row for row in tasks.values() if "own" in row]
-    count = round(1 / routed[0]["chance_own"])
-    lines += [
-        "",
-        "## Routers over all LoRA experts at once",
-        "",
-        f"The {count} LoRA experts together; nobody says which task a prompt is from. Oracle is the",
-        f"task's own expert alone. Arrow mixes {TOP_K} experts a token and module, Arrow-1 one.",
-        "",
-        "| task | base | uniform | Arrow | Arrow-1 | oracle |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in sorted(routed, key=lambda row: row["task"]):
-        lines.append(
-            f"| {row['task']} | {row['base']:.3f} | {row['uniform']:.3f} | {row['arrow']:.3f} | "
-            f"{row['arrow_top1']:.3f} | {row['experts'][row['own']]:.3f} |"
-        )
-
-    def mean(pick: Any) -> float:
-        return sum(pick(row) for row in routed) / len(routed)
-
-    lines += [
-        f"| **mean** | {mean(lambda r: r['base']):.3f} | {mean(lambda r: r['uniform']):.3f} | "
-        f"{mean(lambda r: r['arrow']):.3f} | {mean(lambda r: r['arrow_top1']):.3f} | "
-        f"{mean(lambda r: r['experts'][r['own']]):.3f} |",
-        "",
-        "## Does Arrow find the expert of the task?",
-        "",
-        "Arrow's first choice for a prompt is the expert with the most routing weight over its tokens",
-        f"and modules (top {TOP_K}). *Own*: it is the expert trained on that task. *Cluster*: it is in",
-        f"the same MBC cluster (k = {K}). Beside each, what choosing blindly would give.",
-        "",
-        "| task | own | chance | cluster | chance | most often chosen |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for row in sorted(routed, key=lambda row: row["task"]):
-        lines.append(
-            f"| {row['task']} | {row['first_own']:.1%} | {row['chance_own']:.1%} | "
-            f"{row['first_cluster']:.1%} | {row['chance_cluster']:.1%} | {row['most_chosen']} |"
-        )
-    lines += [
-        f"| **mean** | {mean(lambda r: r['first_own']):.1%} | {mean(lambda r: r['chance_own']):.1%} "
-        f"| {mean(lambda r: r['first_cluster']):.1%} | {mean(lambda r: r['chance_cluster']):.1%} | |",
-        "",
-        *_sparse_report(list(done["sparse"].values())),
-    ]
-    return "\n".join(lines)
-
-
-def _sparse_report(rows: list[dict[str, Any]]) -> list[str]:
-    rows = sorted(rows, key=lambda row: row["task"])
-
-    def first(row: dict[str, Any]) -> float:
-        return row["first"].count(row["own"]) / len(row["first"])
-
-    def mean(pick: Any) -> float:
-        return sum(pick(row) for row in rows) / len(rows)
-
-    count = rows[0]["experts"]
-    return [
-        "## The sparse experts among themselves",
-        "",
-        f"The same with the {count} sparse experts only: exact match of each router, and how often",
-        f"Arrow's first choice is the task's own expert (chance {1 / count:.1%}).",
-        "",
-        "| task | uniform | Arrow | oracle | first choice is own |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {row['task']} | {row['uniform']:.3f} | {row['arrow']:.3f} | {row['oracle']:.3f} | "
-            f"{first(row):.1%} |"
-            for row in rows
-        ),
-        f"| **mean** | {mean(lambda r: r['uniform']):.3f} | {mean(lambda r: r['arrow']):.3f} | "
-        f"{mean(lambda r: r['oracle']):.3f} | {mean(first):.1%} |",
-        "",
-    ]
-
-
-def _kind(expert: Any) -> str:
-    if expert.kind == "lora":
-        return f"LoRA, rank {expert.rank}"
-    block = next(iter(expert.deltas.values())).block
-    return "sparse, entries" if block == 1 else f"sparse, {block}x{block} blocks"
+                done["sparse"][result["own"]] = result
+                ROUTING.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
+    write_report()
 
 
 if __name__ == "__main__":

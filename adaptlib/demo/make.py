@@ -1,105 +1,52 @@
-"""Train and score the bundled experts.
+"""Train and score everything that the bundle and docs/results.md are made of.
 
     python -m adaptlib.demo.make --data DATA --base BASE --out OUT --workers 2
 
 `DATA` holds `tasks.tar.xz` and `tasks.json`; `BASE` is the model that `adaptlib.demo.pretrain`
-made. Writes `OUT/experts/<name>/` for each unit of `UNITS` and a line of `OUT/scores.jsonl` with
-its exact match and the base model's; units that are there already are left alone, so an
-interrupted run can be started again. Experts that learned nothing have their line, too.
+made. For each unit of `units.py`, in its order: an expert in `OUT/experts/<name>/` (full
+fine-tuning is only scored) and a line of `OUT/scores.jsonl`, with the exact match on the whole
+test and validation splits, row by row, and what it took. A cluster's expert is trained on the tasks
+whose LoRA experts MBC puts together, so those come when all of these are there.
+
+Units that are done are left alone and one that was interrupted goes on from its checkpoint, so the
+same command again goes on. One whose recipe is another than that of its line is done anew.
+`--install` then puts what is worth it into a folder (see `install.py`).
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
-import re
 import shutil
 import tarfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-MAX_LENGTH = 192  # tokens; a few long inputs of dbpedia are cut, and counted in their card
-KEEP_RATIO = 0.1
-MARGIN = 0.05  # exact match above the base and chance that an expert needs to be bundled
-
-# Left out of the held-in tasks: arc_easy, openbookqa, social_iqa, mnli, winogrande and
-# fv_person_occupation, where words alone do not beat the majority and neither will 4 M parameters;
-# ni_task875, the licence of whose rows is not known; and fv_park_country (exact match .013).
-LORA = (
-    "clinc_banking",
-    "subjectivity",
-    "fv_animal_v_object_5",
-    "name_gender",
-    "pros_or_cons",
-    "ii_singular_to_plural",
-    "ii_num_to_verbal",
-    "ii_active_to_passive",
-    "rotten_tomatoes",
-    "fv_choose_first_of_5",
-    "fv_capitalize_first_letter",
-    "ii_larger_animal",
-    "clinc_home",
-    "dbpedia",
-    "ii_letters_list",
-    "clinc_credit_cards",
-    "clinc_kitchen_and_dining",
-    "clinc_auto_and_commute",
-    "clinc_utility",
-    "clinc_meta",
-    "clinc_small_talk",
-    "customer_reviews",
-    "ii_second_word_letter",
-    "fv_choose_last_of_5",
-    "fv_color_v_animal_5",
-    "fv_verb_v_adjective_5",
-    "ii_negation",
-    "fv_capitalize",
-    "fv_antonym",
-    "fv_landmark_country",
-    "ii_sum",
-    "ii_diff",
+from adaptlib.demo.install import install
+from adaptlib.demo.units import (
+    CLUSTERS,
+    EPOCHS,
+    TASKS,
+    Unit,
+    all_units,
+    base_name,
+    cluster_units,
+    friendly,
+    next_unit,
+    seconds_left,
+    with_clusters,
 )
-SPARSE = (
-    "clinc_banking",
-    "subjectivity",
-    "name_gender",
-    "pros_or_cons",
-    "ii_singular_to_plural",
-    "clinc_home",
-    "fv_color_v_animal_5",
-    "ii_num_to_verbal",
-    "clinc_small_talk",
-)
-BLOCK = ("clinc_utility", "fv_animal_v_object_5", "clinc_credit_cards")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One expert to train."""
-
-    name: str
-    task: str
-    kind: str
-    block: int = 1
-
-
-def friendly(task: str) -> str:
-    """`fv_animal_v_object_5` is `animal-v-object-5`."""
-    return re.sub(r"^(fv|ii)_", "", task).replace("_", "-")
-
-
-UNITS = (
-    *(Unit(friendly(task), task, "lora") for task in LORA),
-    *(Unit(f"{friendly(task)}-sparse", task, "sparse") for task in SPARSE),
-    *(Unit(f"{friendly(task)}-block", task, "sparse", 16) for task in BLOCK),
-)
+from adaptlib.demo.work import begin, checkpoint_of, run
 
 
 def unpack_tasks(data: Path, out: Path) -> Path:
-    """The tasks' JSONL files and tasks.json in one folder."""
+    """The folder with the tasks' JSONL files; tasks.json lies above it."""
     folder = out / "data"
     if not (folder / "tasks.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,138 +56,205 @@ def unpack_tasks(data: Path, out: Path) -> Path:
     return folder / "tasks"
 
 
-def make(unit: Unit, base: Path, tasks: Path, out: Path) -> dict[str, Any]:
-    """Train, score and write one expert; returns its line for scores.jsonl."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from adaptlib.evaluation.score import exact_match, label_accuracy
-    from adaptlib.experts.base import DEMO_BASE
-    from adaptlib.experts.codec import pack, write_directory
-    from adaptlib.training.loop import TrainOptions, train
-    from adaptlib.training.modules import applied
-    from adaptlib.training.tasks import read_task
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    task = read_task(tasks / f"{unit.task}.jsonl")
-    started = time.monotonic()
-    options = TrainOptions(max_length=MAX_LENGTH, keep_ratio=KEEP_RATIO, block=unit.block)
-    expert = train(
-        model,
-        tokenizer,
-        task,
-        kind="lora" if unit.kind == "lora" else "sparse",
-        options=options,
-        base=DEMO_BASE,
-    )
-    seconds = time.monotonic() - started
-    before = exact_match(model, tokenizer, task, max_length=MAX_LENGTH)
-    label = None
-    if task.labels:
-        label = label_accuracy(model, tokenizer, task, max_length=MAX_LENGTH).value
-    with applied(model, expert):
-        after = exact_match(model, tokenizer, task, max_length=MAX_LENGTH)
-    metrics = {
-        **expert.card["metrics"],
-        "test_exact_match": round(after.value, 4),
-        "test_exact_match_base": round(before.value, 4),
-        "test_rows": after.n,
-    }
-    expert = replace(expert, card={**expert.card, "metrics": metrics})
-    partial = out / "experts" / f".{unit.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    write_directory(pack(expert), partial)
-    final = out / "experts" / unit.name
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    return asdict(unit) | {
-        "category": task.category,
-        "split": "test",
-        "metric": "exact_match",
-        "n": after.n,
-        "base": round(before.value, 4),
-        "base_label": label and round(label, 4),
-        "expert": round(after.value, 4),
-        "train_loss": metrics["train_loss"],
-        "valid_loss": metrics["valid_loss"],
-        "params": expert.params,
-        "bytes": sum(file.stat().st_size for file in final.iterdir()),
-        "train_seconds": round(seconds, 1),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of scores.jsonl by name, the last of each; the half line of a killed run is cut
+    off the file."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        path.write_bytes(whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {line["name"]: line for line in lines}
 
 
-def install(out: Path, base: Path, tasks: Path, bundle: Path) -> None:
-    """Put the base model and the experts that learned something into `bundle`, and say which did
-    not: those less than `MARGIN` above the base model, generating or choosing the likeliest label,
-    or above the commonest answer."""
-    facts = {row["name"]: row for row in json.loads((tasks.parent / "tasks.json").read_text())}
-    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    for part in ("base", "experts"):
-        shutil.rmtree(bundle / part, ignore_errors=True)
-        (bundle / part).mkdir(parents=True)
-    for file in base.iterdir():
-        shutil.copyfile(file, bundle / "base" / file.name)
-    for line in sorted(lines, key=lambda line: line["name"]):
-        majority = facts[line["task"]]["majority_test"]
-        floor = max(line["base"], line["base_label"] or 0.0, majority)
-        if line["expert"] < floor + MARGIN:
-            print(f"dropped {line['name']}: {line['expert']:.3f}, chance or base {floor:.3f}")
-            continue
-        shutil.copytree(out / "experts" / line["name"], bundle / "experts" / line["name"])
-    size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
-    print(f"{len(list((bundle / 'experts').iterdir()))} experts, {size / 1e6:.1f} MB in {bundle}")
+def is_done(unit: Unit, lines: Mapping[str, Mapping[str, Any]], out: Path) -> bool:
+    """Whether it was done with this very recipe, and what it wrote is there."""
+    if unit.name not in lines or lines[unit.name]["spec"] != unit.spec():
+        return False
+    return not unit.kept or (out / "experts" / unit.name / "expert.json").is_file()
+
+
+def check_base(base: Path, out: Path) -> None:
+    """Experts of two base models are not mixed in one folder."""
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    note = out / "base.sha256"
+    if not note.exists():
+        note.write_text(digest + "\n")
+    elif note.read_text().strip() != digest:
+        raise SystemExit(f"{out} holds experts of another base model; give another --out")
+
+
+def lock(out: Path) -> IO[str]:
+    """The folder's lock, held while the file is open: two runs would do everything twice."""
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SystemExit(f"another run works in {out}") from None
+    return file
+
+
+def clusters_of(out: Path, tasks: Sequence[str], epochs: int) -> tuple[Unit, ...]:
+    """The experts to train on what MBC puts together, given all LoRA experts."""
+    from adaptlib.clustering import mbc
+    from adaptlib.experts.codec import read_directory, unpack
+
+    folder = out / "experts"
+    loras = {friendly(task): unpack(read_directory(folder / friendly(task))) for task in tasks}
+    return cluster_units(mbc(loras, k=min(CLUSTERS, len(loras)), seed=0), tasks, epochs=epochs)
+
+
+class Work:
+    """All that `main` keeps track of: what is left, what runs, what is done."""
+
+    def __init__(self, out: Path, tasks: Sequence[str], epochs: int, only: Sequence[str]) -> None:
+        self.out = out
+        self.tasks = tasks
+        self.epochs = epochs
+        self.only = only
+        self.lines = read_lines(out / "scores.jsonl")
+        self.failed: list[str] = []
+        units = all_units(tasks, epochs=epochs)
+        self.done = {unit.name for unit in units if is_done(unit, self.lines, out)}
+        self.wanted = [unit for unit in units if self._wants(unit)]
+        self.todo = [unit for unit in self.wanted if unit.name not in self.done]
+        self.clustered = bool(only) and not any(name.startswith("mbc") for name in only)
+        self.add_clusters()
+
+    def _wants(self, unit: Unit) -> bool:
+        if not self.only or unit.method == "base":
+            return True
+        return unit.name in self.only or unit.method in self.only
+
+    def add_clusters(self) -> None:
+        """As soon as all LoRA experts are there."""
+        if self.clustered or not all(friendly(task) in self.done for task in self.tasks):
+            return
+        self.clustered = True
+        units = clusters_of(self.out, self.tasks, self.epochs)
+        units = tuple(unit for unit in units if self._wants(unit))
+        for unit in units:
+            print(f"{unit.name}: {', '.join(unit.tasks)}", flush=True)
+        self.done |= {unit.name for unit in units if is_done(unit, self.lines, self.out)}
+        self.wanted += units
+        left = [unit for unit in units if unit.name not in self.done]
+        self.todo = with_clusters(self.todo, left)
+
+    def take(self) -> Unit | None:
+        """The next unit to run, taken off the list."""
+        unit = next_unit(self.todo, self.done)
+        if unit is not None:
+            self.todo.remove(unit)
+        return unit
+
+    def floors(self, unit: Unit) -> dict[str, float]:
+        """The base's exact match on the test splits of the unit's tasks."""
+        if unit.kind is None:
+            return {}
+        lines = {task: self.lines[base_name(task)] for task in unit.tasks}
+        return {task: line["scores"][task]["test"]["value"] for task, line in lines.items()}
+
+    def finish(self, unit: Unit, line: dict[str, Any]) -> None:
+        """Keep a line, then drop the checkpoint: never the other way round."""
+        with (self.out / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        checkpoint_of(self.out, unit).unlink(missing_ok=True)
+        self.lines[unit.name] = line
+        self.done.add(unit.name)
+        self.add_clusters()
 
 
 def main() -> None:
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, which start from nothing
+    (args.out / "experts").mkdir(parents=True, exist_ok=True)
+    held = lock(args.out)
+    check_base(args.base, args.out)
+    folder = unpack_tasks(args.data, args.out)
+    size = {task: (folder / f"{task}.jsonl").stat().st_size for task in args.tasks}
+    work = Work(args.out, args.tasks, args.epochs, args.only)
+    print(f"{len(work.todo)} of {len(work.wanted)} units are left to do", flush=True)
+    parent = os.getpid()
+    pool = ProcessPoolExecutor(
+        args.workers, get_context("spawn"), initializer=begin, initargs=(parent,)
+    )
+    running: dict[Future[dict[str, Any]], Unit] = {}
+    try:
+        while True:
+            while len(running) < args.workers and (unit := work.take()) is not None:
+                floors = work.floors(unit)
+                running[pool.submit(run, unit, args.base, folder, args.out, floors)] = unit
+            if not running:
+                break
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                unit = running.pop(future)
+                error = future.exception()
+                if isinstance(error, KeyboardInterrupt):
+                    raise error
+                if isinstance(error, BrokenProcessPool):
+                    raise SystemExit(f"a worker died in {unit.name}: {error}; run again to go on")
+                if error is not None:
+                    work.failed.append(unit.name)
+                    print(f"failed: {unit.name}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                work.finish(unit, future.result())
+                left = seconds_left(
+                    [*running.values(), *work.todo], size, list(work.lines.values()), args.workers
+                )
+                print(told(future.result(), len(running) + len(work.todo), left), flush=True)
+    except KeyboardInterrupt:
+        # without this process the workers write their checkpoints and end, told to stop or not
+        print("interrupted; the same command goes on from here", flush=True)
+        os._exit(130)
+    pool.shutdown()
+    held.close()
+    if work.failed or work.todo:
+        raise SystemExit(
+            f"{len(work.failed)} units failed and {len(work.todo)} wait for them; the same command "
+            "tries them once more"
+        )
+    if args.install:
+        print(install(args.out, args.base, list(work.lines.values()), args.install))
+
+
+def arguments() -> argparse.Namespace:
+    """The command's arguments, checked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[], help="names of units; all without it")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names or methods of units; all without it"
+    )
+    parser.add_argument("--tasks", help="names of tasks, with commas; for trials")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="for trials")
     parser.add_argument("--install", type=Path, help="then put what is worth it into this folder")
     args = parser.parse_args()
     for path in (args.base / "tokenizer.json", args.data / "tasks.tar.xz"):
         if not path.is_file():
             parser.error(f"there is no {path}")
+    chosen = args.tasks.split(",") if args.tasks else TASKS
+    if unknown := sorted({*chosen} - {*TASKS}):
+        parser.error(f"no held-in task is called {', '.join(unknown)}")
+    args.tasks = tuple(task for task in TASKS if task in chosen)
+    return args
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, which start from nothing
-    (args.out / "experts").mkdir(parents=True, exist_ok=True)
-    tasks = unpack_tasks(args.data, args.out)
-    scores = args.out / "scores.jsonl"
-    lines = scores.read_text().splitlines() if scores.exists() else []
-    done = {json.loads(line)["name"] for line in lines}
-    done = {name for name in done if (args.out / "experts" / name).is_dir()}
-    wanted = [unit for unit in UNITS if not args.only or unit.name in args.only]
-    todo = [unit for unit in wanted if unit.name not in done]
-    print(f"{len(todo)} experts to train, {len(wanted) - len(todo)} are there", flush=True)
-    failed = 0
-    with (
-        scores.open("a", buffering=1) as file,
-        ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
-    ):
-        futures = [pool.submit(make, unit, args.base, tasks, args.out) for unit in todo]
-        for future in as_completed(futures):
-            if error := future.exception():
-                failed += 1
-                print(f"failed: {type(error).__name__}: {error}", flush=True)
-                continue
-            line = future.result()
-            file.write(json.dumps(line) + "\n")
-            print(
-                f"{line['name']:32} base {line['base']:.3f}  expert {line['expert']:.3f}  "
-                f"loss {line['valid_loss']:.3f}  {line['seconds']:5.0f} s",
-                flush=True,
-            )
-    if failed:
-        raise SystemExit(f"{failed} experts failed; run again to try those once more")
-    if args.install:
-        install(args.out, args.base, tasks, args.install)
+
+def told(line: Mapping[str, Any], left: int, seconds: float | None) -> str:
+    """A finished unit in a line of the log."""
+    tests = [score["test"]["value"] for score in line["scores"].values()]
+    rest = "" if seconds is None else f", about {seconds / 60:.0f} min"
+    loss = line.get("valid_loss")
+    return (
+        f"{time.strftime('%H:%M:%S')} {line['name']:34} {sum(tests) / len(tests):.3f}  "
+        f"{'' if loss is None else f'loss {loss:.3f}':10}  {line['seconds']:6.0f} s  "
+        f"{left} left{rest}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""docs/results.md, from docs/results-training.json (`results.py`) and docs/results.json (`bundle.py`).
+
+python benchmarks/report.py
+"""
+
+import json
+from pathlib import Path
+
+from report_routing import routing_part
+from report_training import training_part
+
+DOCS = Path(__file__).parent.parent / "docs"
+TRAINING = DOCS / "results-training.json"
+ROUTING = DOCS / "results.json"
+
+
+def write_report() -> None:
+    """Write what there are numbers for."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/report.py`; nobody edits it. Every number is exact match",
+        "(greedy, case-insensitive, outer whitespace left out) as measured, one seed.",
+        "",
+    ]
+    if TRAINING.exists():
+        lines += training_part(json.loads(TRAINING.read_text()))
+    if ROUTING.exists():
+        lines += routing_part(json.loads(ROUTING.read_text()))
+    (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    write_report()
