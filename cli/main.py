@@ -28,12 +28,14 @@ from . import (
     route,
     show,
     tag,
+    train,
+    train_library,
     verify,
 )
 
 app = typer.Typer(
     name="adaptlib",
-    help="Keep, group and route the adapters of a language model.",
+    help="Train, keep, group and route the adapters of a language model.",
     epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -47,7 +49,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Keep, group and route the adapters of a language model."""
+    """Train, keep, group and route the adapters of a language model."""
     if version:
         print(f"adaptlib {installed_version('adaptlib')}")
     elif context.invoked_subcommand is None:
@@ -70,6 +72,8 @@ COMMANDS = {
     "gc": gc.gc,
     "cluster": cluster.cluster,
     "route": route.route,
+    "train": train.train,
+    "train-library": train_library.train_library,
     "doctor": doctor.doctor,
 }
 ALIASES = {"ls": "list", "remove": "rm"}
@@ -88,11 +92,11 @@ def run() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    from adaptlib.errors import BaseWarning
+    from adaptlib.errors import AdaptlibWarning
 
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        warnings.simplefilter("always", BaseWarning)  # it is for the reader, whatever -W says
+        warnings.simplefilter("always", AdaptlibWarning)  # it is for the reader, whatever -W says
         return _invoke(arguments)
 
 
@@ -191,9 +195,9 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """adaptlib's own warnings as a sentence; other libraries' only for those who debug."""
-    from adaptlib.errors import BaseWarning
+    from adaptlib.errors import AdaptlibWarning
 
-    if issubclass(category, BaseWarning):
+    if issubclass(category, AdaptlibWarning):
         out.note(f"Warning: {message}")
     elif os.environ.get("ADAPTLIB_DEBUG"):
         sys.stderr.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
