@@ -10,6 +10,7 @@ from adaptlib.demo.units import KEEP_RATIOS, TASKS, base_name
 LIMIT = 60_000_000  # bytes of the whole bundle
 MARGIN = 0.05  # exact match that a task's expert needs above the floor; see `worth_it`
 POOLED = ("joint", "mbc")
+SPARSE = 8  # tasks, the first, whose sparse experts are bundled: a demo is not to be slow
 # What is smaller comes first, so that of the large ones there are as many as fit.
 METHODS = ("lora", f"block-{KEEP_RATIOS[0]}", f"element-{KEEP_RATIOS[0]}")
 
@@ -45,7 +46,8 @@ def choose(
     chosen, said = [], []
     for method in METHODS:
         for line in lines:
-            if line["method"] != method:
+            (task,) = line["spec"]["tasks"] if line["method"] == method else (None,)
+            if task is None or (method != "lora" and task not in TASKS[:SPARSE]):
                 continue
             good, numbers = worth_it(line, by_name[base_name(line["spec"]["tasks"][0])])
             if not good:
