@@ -27,7 +27,11 @@ def gc(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Move what no name leads to into the trash, where it stays for 7 days."""
+    """Move what no name leads to into the trash, where it stays for 7 days.
+
+    Checkpoints of training runs that nobody went on with for 7 days are deleted.
+    """
+    from adaptlib.experts.derived import forget_runs
     from adaptlib.experts.library import Library
 
     opened = Library.open(library)
@@ -40,11 +44,22 @@ def gc(
         return
     result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
     removed = [str(digest) for digest in result.removed]
+    runs, run_bytes = forget_runs(opened.path, dry_run=dry_run) if opened.path else (0, 0)
     if json:
-        out.document("gc", id=result.id, removed=removed, bytes=result.bytes, dry_run=dry_run)
+        out.document(
+            "gc",
+            id=result.id,
+            removed=removed,
+            bytes=result.bytes,
+            training_runs=runs,
+            dry_run=dry_run,
+        )
     elif not quiet:
         verb = "Would remove" if dry_run else "Removed"
         out.line(f"{verb}  {out.count(len(removed), 'object')}, {out.size(result.bytes)}")
+        if runs:
+            what = out.count(runs, "unfinished training run")
+            out.line(f"{verb}  {what}, {out.size(run_bytes)}")
         if removed and not dry_run:
             out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
 

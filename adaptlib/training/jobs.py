@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from adaptlib.errors import AdaptlibError, ConflictError, UsageError
 from adaptlib.experts.base import base_id
+from adaptlib.experts.derived import training_run
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.library import Library
 from adaptlib.experts.names import expert_ref
@@ -216,7 +217,7 @@ def checkpoint_path(library: Library, key: str, model: PreTrainedModel) -> Path:
     where = model.device.type
     how = where if where != "cpu" else f"{where}-{torch.get_num_threads()}"
     path = library.path if library.path is not None else Path()
-    return path / "derived" / "training" / key / f"{how}.safetensors"
+    return training_run(path, key) / f"{how}.safetensors"
 
 
 def train_into(

@@ -1,6 +1,8 @@
 """Commands that keep experts: their JSON is a contract, their stdout is data and nothing else."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from adaptlib.experts import Library
 from adaptlib.experts.codec import pack, read_directory, unpack, write_directory
+from adaptlib.experts.derived import training_run
 from tests.tiny import make_expert, same_expert
 
 ROW = {"name", "digest", "kind", "base", "task", "rank", "modules", "params", "bytes"}
@@ -179,6 +182,22 @@ def test_export_and_add_come_back(run: Any, library: Library, tmp_path: Path, la
     before = sorted(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert run("export", "poems", "out").code == 5
     assert sorted(path.read_bytes() for path in (tmp_path / "out").iterdir()) == before
+
+
+def test_gc_deletes_training_runs_that_nobody_goes_on_with(run: Any, library: Library) -> None:
+    assert library.path is not None
+    old, new = (training_run(library.path, key) for key in ("aa", "bb"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "cpu-1.safetensors").write_bytes(b"12345")
+    week = time.time() - 8 * 86400
+    for path in (old / "cpu-1.safetensors", old):
+        os.utime(path, (week, week))
+    assert "Would remove  1 unfinished training run, 5 B" in run("gc", "--dry-run").out
+    assert old.exists()
+    assert run("gc", "--json").document["training_runs"] == 1
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_verify_gc_and_doctor(run: Any, library: Library) -> None:
