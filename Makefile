@@ -10,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 export INSTRUCTION ?= Is the first name female or male?
-export PROMPT      ?= Margaret
+export PROMPT      ?= Elizabeth
 
 # Without an NVIDIA GPU, torch is held to a release that has a CPU build; see README, "Install".
 GPU  := $(wildcard /proc/driver/nvidia/version /dev/nvidia0)

@@ -128,7 +128,7 @@ class Unit:
 
 def friendly(task: str) -> str:
     """`fv_animal_v_object_5` is `animal-v-object-5`."""
-    return re.sub(r"^(fv|ii)_", "", task).replace("_", "-")
+    return re.sub(r"^(fv|ii|ni_task\d+)_", "", task).replace("_", "-")
 
 
 def base_name(task: str) -> str:
@@ -151,8 +151,11 @@ def all_units(tasks: Sequence[str] = TASKS, *, epochs: int = EPOCHS) -> tuple[Un
             for task in tasks
             if task in FULL
         ),
-        *(_sparse(f"{name}-sparse-{low}", task, low, 1, epochs) for name, task in names),
-        *(_sparse(f"{name}-block-{low}", task, low, BLOCK, epochs) for name, task in names),
+        *(
+            _sparse(f"{name}-{form}-{low}", task, low, block, epochs)
+            for name, task in names
+            for form, block in (("sparse", 1), ("block", BLOCK))
+        ),
     )
 
 
