@@ -43,6 +43,8 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/prototypes.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/train_library.py
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

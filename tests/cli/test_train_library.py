@@ -339,7 +339,9 @@ def test_a_kill_changes_nothing_but_the_time(tmp_path: Path, base_model: Path) -
     library = Library.open(tmp_path / "library", create=True)
     words = ["train-library", tasks, "--base", base_model, "--no-eval"]
     words += ["--epochs", "16", "--batch-size", "4", "--checkpoint-every", "0"]
-    code = "from adaptlib.cli.main import run; run()"
+    # A process that is started in the background by a shell ignores Ctrl-C, and so do its children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from adaptlib.cli.main import run; run()"
     held: set[int] = set()
 
     def start(workers: int) -> subprocess.Popen[bytes]:
