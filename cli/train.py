@@ -138,7 +138,6 @@ def train(
         job,
         plan,
         (model, tokenizer),
-        base=chosen,
         stored=stored,
         log=log,
         plot=plot,
@@ -162,15 +161,10 @@ def _planned(
     """The plan, and the expert where it is there already. Everything that can be refused is
     refused here: data, options, a name that is taken, a full disk."""
     from adaptlib.errors import ConflictError
-    from adaptlib.experts.base import base_id
-    from adaptlib.training import plan
-    from adaptlib.training.jobs import find, is_done
-    from adaptlib.training.space import check_disk, memory_warning, shortening_known
+    from adaptlib.training.jobs import find, is_done, plan_job
+    from adaptlib.training.space import check_disk, memory_warning
 
-    with shortening_known():
-        planned = plan(
-            model, tokenizer, job.tasks, kind=job.kind, options=job.options, base=base_id(base)
-        )
+    planned = plan_job(job, model, tokenizer, base=base)
     if not stored:
         return planned, None
     if done := is_done(opened, job.name, planned.key):
@@ -218,7 +212,6 @@ def _run(
     plan: "Plan",
     loaded: tuple[Any, Any],
     *,
-    base: str,
     stored: bool,
     log: Path | None,
     plot: Path | None,
@@ -254,9 +247,8 @@ def _run(
             result = train_into(
                 opened,
                 job,
-                plan.key,
+                plan,
                 *loaded,
-                base=base,
                 progress=step,
                 score=score if evaluate else None,
                 checkpoint_every=checkpoint_every,

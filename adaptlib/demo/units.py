@@ -128,7 +128,7 @@ class Unit:
 
 def friendly(task: str) -> str:
     """`fv_animal_v_object_5` is `animal-v-object-5`."""
-    return re.sub(r"^(fv|ii|ni_task\d+)_", "", task).replace("_", "-")
+    return re.sub(r"^(fv|ii)_|(?<=^ni_)task\d+_", "", task).replace("_", "-")
 
 
 def base_name(task: str) -> str:

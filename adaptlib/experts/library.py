@@ -54,6 +54,7 @@ from library_store import (
 )
 
 if TYPE_CHECKING:
+    import adaptlib.experts.expert  # the whole name is what beartype finds from anywhere
     from adaptlib.experts.expert import Expert
 
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{7,64}")
@@ -82,7 +83,7 @@ class _Prepared:
 
 
 @final
-class Library(Mapping[str, "Expert"]):
+class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
     """Experts by name. Iterating gives each name once; a lookup takes `name`, `name:tag`,
     or the first seven or more characters of a digest."""
 

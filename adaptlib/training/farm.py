@@ -18,9 +18,8 @@ import torch
 
 from adaptlib.errors import AdaptlibError, UsageError
 from adaptlib.experts.base import load
-from adaptlib.experts.expert import Expert  # noqa: F401 -- beartype looks for Library's here
 from adaptlib.experts.library import Library
-from adaptlib.training.jobs import Job, Layout, Result, Score, lay_out, train_into
+from adaptlib.training.jobs import Job, Layout, Result, Score, lay_out, plan_job, train_into
 from adaptlib.training.run import Progress
 from adaptlib.training.tasks import Task
 from library_store import StoreError
@@ -125,7 +124,7 @@ def run(
                 worker.job = waiting.pop(0)
                 one = layout.planned[worker.job]
                 with suppress(OSError):  # a worker that died is found below
-                    worker.pipe.send((_sendable(one.job), one.plan.key))
+                    worker.pipe.send(_sendable(one.job))
                 told(Report(one.job.name, "training"))
             busy = {worker.pipe: worker for worker in crew if worker.job is not None}
             for pipe in connection.wait(list(busy)):
@@ -248,17 +247,15 @@ def _work(pipe: connection.Connection, settings: _Settings) -> None:
     library = Library.open(settings.library)
     with suppress(EOFError, OSError, KeyboardInterrupt):  # whoever wanted this is gone
         while True:
-            sent, key = pipe.recv()
-            job = _received(sent)
+            job = _received(pipe.recv())
             try:
                 if loaded is None:
                     loaded = load(settings.base, revision=settings.revision)
                 result = train_into(
                     library,
                     job,
-                    key,
+                    plan_job(job, *loaded, base=settings.base),
                     *loaded,
-                    base=settings.base,
                     progress=_reporter(pipe),
                     score=settings.score,
                     checkpoint_every=settings.checkpoint_every,

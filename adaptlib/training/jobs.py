@@ -15,7 +15,7 @@ from adaptlib.experts.derived import training_run
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.library import Library
 from adaptlib.experts.names import expert_ref
-from adaptlib.training.loop import train
+from adaptlib.training.loop import carry_out
 from adaptlib.training.options import DEFAULTS, Kind, TrainOptions
 from adaptlib.training.plan import Plan, plan
 from adaptlib.training.run import Progress
@@ -111,16 +111,7 @@ def lay_out(
     planned, bad = [], []
     for job in jobs:
         try:
-            with shortening_known():
-                the_plan = plan(
-                    model,
-                    tokenizer,
-                    job.tasks,
-                    kind=job.kind,
-                    options=job.options,
-                    name=job.label,
-                    base=base_id(base),
-                )
+            the_plan = plan_job(job, model, tokenizer, base=base)
         except AdaptlibError as error:
             bad.append((job, error))
             continue
@@ -128,7 +119,7 @@ def lay_out(
         planned.append(Planned(job, replace(the_plan, train=(), valid=()), rows))
     if bad:
         raise _all_of(bad, len(jobs))
-    layout = [_looked_up(library, one) for one in planned]
+    layout = [replace(one, done=is_done(library, one.job.name, one.plan.key)) for one in planned]
     taken = [one.job.name for one in layout if one.done is None and not one.job.replace]
     taken = [name for name in taken if find(library, name) is not None]
     if taken:
@@ -146,6 +137,20 @@ def lay_out(
     if room:
         check_disk(library.path, left, workers=number)
     return Layout(base, revision, tuple(layout), number, limited)
+
+
+def plan_job(job: Job, model: PreTrainedModel, tokenizer: Any, *, base: str) -> Plan:
+    """The job's plan. It counts what was cut and left out; no warning says so, too."""
+    with shortening_known():
+        return plan(
+            model,
+            tokenizer,
+            job.tasks,
+            kind=job.kind,
+            options=job.options,
+            name=job.label,
+            base=base_id(base),
+        )
 
 
 def _check_names(jobs: Sequence[Job]) -> None:
@@ -182,20 +187,23 @@ def _some(names: Sequence[str]) -> str:
 def find(library: Library, name: str) -> Result | None:
     """The expert that goes by exactly this name and tag, as a result, or None."""
     found = _at(library, name)
-    if found is None:
-        return None
-    digest, card = found
-    training = card.get("training")
-    steps = training.get("steps") if isinstance(training, Mapping) else None
-    return Result(name, digest, dict(card.get("metrics") or {}), steps=steps)
+    return _result(name, *found) if found else None
 
 
 def is_done(library: Library, name: str, key: str) -> Result | None:
     """The expert of this name, where it is the one that a plan with this `key` would give."""
     found = _at(library, name)
-    training = found[1].get("training") if found else None
-    same = isinstance(training, Mapping) and training.get("key") == key
-    return find(library, name) if same else None
+    return _result(name, *found) if found and _training(found[1]).get("key") == key else None
+
+
+def _result(name: str, digest: str, card: Mapping[str, Any]) -> Result:
+    return Result(name, digest, dict(card.get("metrics") or {}), steps=_training(card).get("steps"))
+
+
+def _training(card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the card says of the training; a card that came from elsewhere may say anything."""
+    training = card.get("training")
+    return training if isinstance(training, Mapping) else {}
 
 
 def _at(library: Library, name: str) -> tuple[str, Mapping[str, Any]] | None:
@@ -205,10 +213,6 @@ def _at(library: Library, name: str) -> tuple[str, Mapping[str, Any]] | None:
     except RefNotFound:
         return None
     return digest, library.manifest(digest).card
-
-
-def _looked_up(library: Library, one: Planned) -> Planned:
-    return replace(one, done=is_done(library, one.job.name, one.plan.key))
 
 
 def checkpoint_path(library: Library, key: str, model: PreTrainedModel) -> Path:
@@ -223,11 +227,10 @@ def checkpoint_path(library: Library, key: str, model: PreTrainedModel) -> Path:
 def train_into(
     library: Library,
     job: Job,
-    key: str,
+    the_plan: Plan,
     model: PreTrainedModel,
     tokenizer: Any,
     *,
-    base: str,
     progress: Callable[[Progress], None] | None = None,
     score: Score | None = None,
     checkpoint_every: float = 60.0,
@@ -235,20 +238,15 @@ def train_into(
 ) -> Result:
     """Train one job here and now, and keep its expert, if it is to be `stored`. Its checkpoint is
     removed after that."""
-    checkpoint = checkpoint_path(library, key, model)
-    with shortening_known():
-        expert = train(
-            model,
-            tokenizer,
-            job.tasks,
-            kind=job.kind,
-            options=job.options,
-            name=job.label,
-            base=base_id(base),
-            progress=progress,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-        )
+    checkpoint = checkpoint_path(library, the_plan.key, model)
+    expert = carry_out(
+        the_plan,
+        model,
+        tokenizer,
+        progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
     if score is not None:
         longest = expert.card["training"]["max_length"]
         expert = scored(expert, score(model, tokenizer, job.tasks, expert, longest))

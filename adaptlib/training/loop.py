@@ -55,7 +55,26 @@ def train(
     ConflictError for a checkpoint of another run; AdaptlibError, naming the step and the rows,
     where the loss is not finite, and where memory or disk run out.
     """
-    the_plan = plan(model, tokenizer, task, kind=kind, options=options, name=name, base=base)
+    return carry_out(
+        plan(model, tokenizer, task, kind=kind, options=options, name=name, base=base),
+        model,
+        tokenizer,
+        progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def carry_out(
+    the_plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 60.0,
+) -> Expert:
+    """`train`, of a plan that was made for this model and tokenizer."""
     options = the_plan.options
     # The paper chooses masks every 100 steps; its epochs have thousands. With a short epoch that
     # would be once or never, so at least four choices are made.
@@ -67,7 +86,7 @@ def train(
         _autocast(model, bool(options.bf16)),
         _enough_memory(the_plan),
     ):
-        trainee = KINDS[kind](
+        trainee = KINDS[the_plan.kind](
             target_modules(model, options.target), replace(options, reselect_every=often)
         )
         with trainee.installed():

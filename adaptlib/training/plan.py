@@ -192,8 +192,9 @@ def memory(
     """Bytes at the peak, roughly: weights, what is trained (value, gradient, two moments), and
     what the forward of a batch of `tokens` keeps for the backward.
 
-    The activations are those of every linear module's input and output, half as much again for
-    norms, attention and activation functions, and logits for an eighth of the tokens.
+    The activations are those of every linear module's input and output, as much again for norms,
+    attention and activation functions, and logits for an eighth of the tokens. What Python and
+    torch take themselves is not in it.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     dense = sum(module.weight.numel() for module in modules.values())
@@ -207,7 +208,7 @@ def memory(
     size = 4 if model.dtype == torch.float32 else 2
     wide = sum(sum(shape_of(m)) for m in target_modules(model, "all-linear").values())
     vocabulary = model.config.get_text_config().vocab_size
-    activations = tokens * (wide * size * 3 // 2 + vocabulary * 4 * 3 // 8)
+    activations = tokens * (wide * size * 2 + vocabulary * 4 * 3 // 8)
     return weights + here + activations
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptlib.errors import CorruptError, NotFoundError, UsageError
-from adaptlib.experts.expert import Expert  # noqa: F401 -- beartype looks for Library's here
 from adaptlib.experts.library import Library
 from adaptlib.training.tasks import Task
 

@@ -130,7 +130,7 @@ class Run:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         options = self.plan.options
         seed = options.seed * 1000 + epoch
-        return batches(list(self.plan.train), size=options.batch_size, pad=self.pad, seed=seed)
+        return batches(self.plan.train, size=options.batch_size, pad=self.pad, seed=seed)
 
     def _backward(self, group: list[Batch]) -> tuple[float, float]:
         """Gradients of the mean loss over all answers of a step; (that loss, learning rate)."""
@@ -296,7 +296,7 @@ def mean_loss(
     model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for batch in batches(list(examples), size=4 * size, pad=pad):
+        for batch in batches(examples, size=4 * size, pad=pad):
             total += answer_loss(model, batch, reduction="sum").item()
             tokens += _answers(batch)
     model.train()

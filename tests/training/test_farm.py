@@ -167,11 +167,9 @@ def test_a_parent_that_is_gone_stops_the_worker(
     library: Library, base: Path, threads: list[InThread], tmp_path: Path
 ) -> None:
     (job,) = make_jobs("red", epochs=1000)
-    model, tokenizer = load(str(base))
-    layout = lay_out(library, [job], model, tokenizer, base=str(base))
     settings = farm._Settings(tmp_path / "library", str(base), None, None, 1e9)
     worker = farm._start(settings)
-    worker.pipe.send((farm._sendable(job), layout.planned[0].plan.key))
+    worker.pipe.send(farm._sendable(job))
     worker.pipe.recv()  # the first step
     worker.pipe.close()
     threads[0].join(20)
