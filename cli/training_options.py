@@ -95,9 +95,6 @@ InitSeed = Annotated[
 ]
 Dtype = Annotated[str | None, _flag("Of what is stored: bfloat16, float16, float32.", "bfloat16")]
 
-_LORA = ("rank", "alpha", "rslora", "dropout")
-_SPARSE = ("keep_ratio", "block", "selection", "reselect_every")
-
 
 def train_options(flags: Mapping[str, Any]) -> "TrainOptions":
     """TrainOptions from a command's own variables, of which others are left alone."""
@@ -146,11 +143,13 @@ def check_kind(kind: str) -> None:
 
 def unused(kind: str, flags: Mapping[str, Any]) -> list[str]:
     """Sentences on the flags that were given and that this kind of training has no use for."""
-    other = {"lora": _SPARSE, "sparse": _LORA}.get(kind, _LORA + _SPARSE)
+    from adaptlib.training import KINDS
+
+    of_one_kind = {name for known in KINDS.values() for name in known.own} - KINDS[kind].own
     return [
         f"--{name.replace('_', '-')} is not used by --kind {kind}"
-        for name in other
-        if flags.get(name) is not None
+        for name, value in flags.items()
+        if name in of_one_kind and value is not None
     ]
 
 

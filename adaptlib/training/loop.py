@@ -15,7 +15,7 @@ from adaptlib.experts.expert import Expert
 from adaptlib.training.encode import pad_of
 from adaptlib.training.modules import frozen, target_modules
 from adaptlib.training.options import DEFAULTS, Kind, TrainOptions
-from adaptlib.training.plan import KINDS, Plan, plan
+from adaptlib.training.plan import KINDS, Plan, plan, recipe
 from adaptlib.training.run import Counts, Progress, Run
 from adaptlib.training.tasks import Task
 
@@ -104,7 +104,7 @@ def card(plan: Plan, counts: Counts) -> dict[str, Any]:
     tasks, options = plan.tasks, plan.options
     training = (
         {"kind": plan.kind}
-        | options.recipe(plan.kind)
+        | recipe(plan.kind, options)
         | {
             "max_length": plan.max_length,
             "init": f"drawn from init_seed {options.init_seed} and each module's name, so that all "

@@ -1,7 +1,7 @@
 """LoRA while it is trained (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -27,6 +27,8 @@ class LoRATrainee(Trainee):
     change when A becomes R A and B becomes B R⁻¹, so factors of unrelated starts do not compare.
     """
 
+    own = frozenset(("rank", "alpha", "rslora", "dropout"))
+
     def __init__(self, modules: Mapping[str, Linear], options: TrainOptions) -> None:
         rank = options.rank
         self.modules = dict(modules)
@@ -51,6 +53,11 @@ class LoRATrainee(Trainee):
                     f"rank {options.rank} is above what {name} can have: it is {d_out} x {d_in}",
                     hint=f"a rank of {min(d_out, d_in)} at most, or leave it out with target",
                 )
+
+    @classmethod
+    def cost(cls, shapes: Sequence[tuple[int, int]], options: TrainOptions) -> tuple[int, int]:
+        count = sum(options.rank * (d_out + d_in) for d_out, d_in in shapes)
+        return count, 16 * count
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]

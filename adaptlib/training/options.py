@@ -12,8 +12,6 @@ Kind = Literal["full", "lora", "sparse"]
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES = ("constant", "cosine", "linear")
 
-_LORA = {"rank", "alpha", "rslora", "dropout"}
-_SPARSE = {"keep_ratio", "block", "selection", "reselect_every"}
 _POSITIVE = ("epochs", "lr", "batch_size", "accumulate", "max_length", "rows", "rank", "alpha")
 _POSITIVE += ("reselect_every", "clip", "patience")
 
@@ -92,10 +90,9 @@ class TrainOptions:
         if not self.dtype.is_floating_point:
             raise UsageError(f"dtype wants a floating point type; got {self.dtype}")
 
-    def recipe(self, kind: str) -> dict[str, Any]:
-        """The options that matter for this kind, as JSON."""
-        unused = {"lora": _SPARSE, "sparse": _LORA, "full": _SPARSE | _LORA}[kind]
-        recipe = {key: value for key, value in asdict(self).items() if key not in unused}
+    def recipe(self) -> dict[str, Any]:
+        """All of them as JSON."""
+        recipe = asdict(self)
         recipe["dtype"] = str(self.dtype).removeprefix("torch.")
         if isinstance(self.target, tuple):
             recipe["target"] = list(self.target)

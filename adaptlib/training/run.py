@@ -167,9 +167,7 @@ class Run:
         counts, options, valid = self.counts, self.plan.options, None
         if not all(bool(p.isfinite().all()) for p in self.trainee.parameters()):
             raise self._diverged("weights are not finite", None)
-        # A first choice of masks is made within the first epoch: weights have hardly been trained
-        # under it when that ends, so they are no candidate unless they are all there will be.
-        young = self.plan.kind == "sparse" and counts.epoch == 0 and options.epochs > 1
+        young = options.epochs > 1 and self.trainee.young(counts.epoch)
         self.optimizer = self.trainee.settle(self.optimizer, counts.epoch)
         counts.train_loss = counts.total / counts.answers
         counts.total, counts.answers, counts.place = 0.0, 0, 0

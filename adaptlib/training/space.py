@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from adaptlib.errors import AdaptlibError
 from adaptlib.training.loop import train
-from adaptlib.training.masks import SELECTIONS
 from adaptlib.training.options import Kind, TrainOptions
 from adaptlib.training.plan import Plan
 from adaptlib.training.run import Progress
@@ -103,18 +102,9 @@ def memory_warning(plan: Plan) -> str | None:
 
 
 def disk_needed(plan: Plan) -> tuple[int, int]:
-    """Bytes on disk, roughly: (a checkpoint while it replaces the one before, the expert).
-
-    A checkpoint holds float32 values, two moments, and the values of the best epoch.
-    """
-    kept, options = plan.trainable, plan.options
-    size = options.dtype.itemsize
-    if plan.kind == "lora":
-        return 2 * 16 * kept, size * kept
-    once = 2 * 32 * kept  # positions (int64) with the values, twice
-    if plan.kind == "sparse" and SELECTIONS[options.selection].when == "epoch":
-        once = max(once, 2 * 13 * int(kept / options.keep_ratio))
-    return once, (size + 4) * kept
+    """Bytes on disk, at most: (a checkpoint while it replaces the one before, the expert with its
+    positions)."""
+    return 2 * plan.state, (plan.options.dtype.itemsize + 4) * plan.trainable
 
 
 def check_disk(where: Path, plans: Iterable[Plan], *, workers: int = 1) -> None:

@@ -1,7 +1,7 @@
 """Sparse adapters while they are trained (arXiv:2507.07140, section 3)."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -32,6 +32,8 @@ class SparseTrainee(Trainee):
     entries: same values, same moments, so the same steps as with a mask.
     """
 
+    own = frozenset(("keep_ratio", "block", "selection", "reselect_every"))
+
     def __init__(self, modules: Mapping[str, Linear], options: TrainOptions) -> None:
         self.modules = dict(modules)
         self.options = options
@@ -55,6 +57,18 @@ class SparseTrainee(Trainee):
                     f"{name} is {shape}, which is not in whole blocks of {options.block}",
                     hint="leave it out with target, or use block 1",
                 )
+
+    @classmethod
+    def cost(cls, shapes: Sequence[tuple[int, int]], options: TrainOptions) -> tuple[int, int]:
+        dense = sum(d_out * d_in for d_out, d_in in shapes)
+        block = options.block**2
+        count = sum(
+            kept(d_out * d_in // block, options.keep_ratio) * block for d_out, d_in in shapes
+        )
+        size = 28 * count  # positions, and W at the kept entries, too
+        if SELECTIONS[options.selection].when == "epoch":
+            size = max(size, 25 * dense)  # W + Ŵ ⊙ M and its gradient, and the mask
+        return count, size
 
     def parameters(self) -> list[Tensor]:
         if self.kept:
@@ -153,6 +167,10 @@ class SparseTrainee(Trainee):
                 for key, value in moments[name].items()
             }
         return smaller
+
+    def young(self, epoch: int) -> bool:
+        """The first epoch ends right after the last choice of masks."""
+        return epoch == 0 and self.selection.when == "epoch"
 
     @torch.no_grad()
     def _shrink(self) -> None:

@@ -1,8 +1,9 @@
 """Trainee: the part of a model that learns, and how the model runs with it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ Loss = Callable[[], Tensor]
 class Trainee(ABC):
     """The trainable update of some linear modules of one model.
 
-    A new kind of training is a subclass in its own file and a line in `loop.KINDS`. The loop calls
+    A new kind of training is a subclass in its own file and a line in `plan.KINDS`. The loop calls
     `installed` around everything, `begin` once before the first step, `stepped` after each step
-    of the optimizer and `settle` after each epoch.
+    of the optimizer and `settle` after each epoch. `own` names the options that are of no use to
+    other kinds.
     """
+
+    own: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def __init__(self, modules: Mapping[str, Linear], options: TrainOptions) -> None:
@@ -30,6 +34,12 @@ class Trainee(ABC):
     @abstractmethod
     def check(cls, shapes: Mapping[str, tuple[int, int]], options: TrainOptions) -> None:
         """UsageError where modules of these shapes (d_out, d_in) cannot be trained so."""
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, shapes: Sequence[tuple[int, int]], options: TrainOptions) -> tuple[int, int]:
+        """(parameters that are trained to the end, bytes at the peak for all that is kept of
+        them: values, gradients, two moments, and what else there is), for such modules."""
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -63,3 +73,8 @@ class Trainee(ABC):
     def settle(self, optimizer: torch.optim.AdamW, epoch: int) -> torch.optim.AdamW:
         """Called after epoch `epoch`; the optimizer to go on with."""
         return optimizer
+
+    def young(self, epoch: int) -> bool:
+        """Whether what there is at the end of epoch `epoch` was hardly trained as it is now, and is
+        no candidate for the best one."""
+        return False

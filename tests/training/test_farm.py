@@ -280,7 +280,7 @@ def test_what_a_checkpoint_takes_is_not_guessed_too_low(
             checkpoint_every=0.0, progress=look,
         )  # fmt: skip
         need = space.disk_needed(one.plan)[0]
-        assert 2 * (max(sizes) - 20_000) < need < 3 * max(sizes)  # names and the random state
+        assert 2 * (max(sizes) - 20_000) < need < 4 * max(sizes)  # names and the random state
 
 
 def test_steps_are_timed_and_thrown_away(base: Path) -> None:

@@ -89,3 +89,24 @@ def test_random_masks_come_from_the_init_seed(small, tokenizer, task) -> None:
 
     assert torch.equal(places(seed=0), places(seed=1))
     assert not torch.equal(places(init_seed=0), places(init_seed=1))
+
+
+def test_an_epoch_is_no_candidate_only_while_masks_are_chosen_in_it(small, tokenizer, task) -> None:
+    """Masks that are chosen at the start are as good in the first epoch as later."""
+    for selection, young in (("sensitivity", True), ("random", False)):
+        options = TrainOptions(
+            epochs=2, lr=1.0, schedule="constant", selection=selection, target=("q_proj",)
+        )
+        expert = train(small, tokenizer, task, kind="sparse", options=options)
+        losses: list[float] = []
+        train(
+            small,
+            tokenizer,
+            task,
+            kind="sparse",
+            options=options,
+            progress=lambda r, seen=losses: seen.append(r.valid_loss) if r.valid_loss else None,
+        )
+        best = 2 if young else losses.index(min(losses)) + 1
+        assert expert.card["training"]["best_epoch"] == best, (selection, losses)
+        assert min(losses) == losses[0]  # so that the first would be taken
