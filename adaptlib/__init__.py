@@ -15,28 +15,52 @@ if TYPE_CHECKING:
     from adaptlib.experts import SparseDelta as SparseDelta
     from adaptlib.experts import read_peft as read_peft
     from adaptlib.experts import write_peft as write_peft
+    from adaptlib.routing import LAG as LAG
+    from adaptlib.routing import LORAUTER as LORAUTER
     from adaptlib.routing import ROUTERS as ROUTERS
     from adaptlib.routing import Arrow as Arrow
+    from adaptlib.routing import CentroidMatching as CentroidMatching
+    from adaptlib.routing import LoGo as LoGo
+    from adaptlib.routing import LoraRetriever as LoraRetriever
     from adaptlib.routing import Named as Named
+    from adaptlib.routing import Random as Random
+    from adaptlib.routing import SpectR as SpectR
+    from adaptlib.routing import TaskPredictor as TaskPredictor
     from adaptlib.routing import Uniform as Uniform
     from adaptlib.routing import attach as attach
+    from adaptlib.routing import calibrate as calibrate
+    from adaptlib.routing import load_router as load_router
+    from adaptlib.routing import save_router as save_router
+    from adaptlib.routing import subtract as subtract
     from adaptlib.training import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Arrow": "adaptlib.routing",
+    "CentroidMatching": "adaptlib.routing",
     "Delta": "adaptlib.experts",
     "Expert": "adaptlib.experts",
+    "LAG": "adaptlib.routing",
+    "LORAUTER": "adaptlib.routing",
     "Library": "adaptlib.experts",
+    "LoGo": "adaptlib.routing",
     "LoRADelta": "adaptlib.experts",
+    "LoraRetriever": "adaptlib.routing",
     "Named": "adaptlib.routing",
     "ROUTERS": "adaptlib.routing",
+    "Random": "adaptlib.routing",
     "SparseDelta": "adaptlib.experts",
+    "SpectR": "adaptlib.routing",
+    "TaskPredictor": "adaptlib.routing",
     "Uniform": "adaptlib.routing",
     "attach": "adaptlib.routing",
+    "calibrate": "adaptlib.routing",
+    "load_router": "adaptlib.routing",
     "mbc": "adaptlib.clustering",
     "read_peft": "adaptlib.experts",
+    "save_router": "adaptlib.routing",
+    "subtract": "adaptlib.routing",
     "train": "adaptlib.training",
     "write_peft": "adaptlib.experts",
 }

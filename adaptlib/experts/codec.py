@@ -262,7 +262,8 @@ _TORCH_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64
 _TORCH_NAMES |= {"int32": "I32", "int64": "I64"}
 
 
-def _raw(tensor: "torch.Tensor") -> RawTensor:
+def to_raw(tensor: "torch.Tensor") -> RawTensor:
+    """A tensor as bytes."""
     import torch
 
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -275,7 +276,8 @@ def _raw(tensor: "torch.Tensor") -> RawTensor:
     return RawTensor(_TORCH_NAMES[dtype], tuple(tensor.shape), memoryview(data))
 
 
-def _tensor(raw: RawTensor) -> "torch.Tensor":
+def to_tensor(raw: RawTensor) -> "torch.Tensor":
+    """A tensor over the same memory."""
     import torch
 
     dtype = getattr(torch, {v: k for k, v in _TORCH_NAMES.items()}[raw.dtype])
@@ -294,12 +296,15 @@ def pack(expert: "Expert") -> Packed:
     for name, delta in expert.deltas.items():
         if isinstance(delta, LoRADelta):
             modules[name] = Module(delta.shape, rank=delta.rank, scale=float(delta.scale))
-            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = _raw(delta.a), _raw(delta.b)
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = to_raw(delta.a), to_raw(delta.b)
         elif isinstance(delta, SparseDelta):
             size = delta.shape[0] * delta.shape[1] // delta.block**2
             index = delta.index.int() if size < 2**31 else delta.index.long()
             modules[name] = Module(delta.shape, block=delta.block)
-            tensors[f"{name}.index"], tensors[f"{name}.values"] = _raw(index), _raw(delta.values)
+            tensors[f"{name}.index"], tensors[f"{name}.values"] = (
+                to_raw(index),
+                to_raw(delta.values),
+            )
     return Packed(expert.kind, expert.base, modules, tensors, dict(expert.card))
 
 
@@ -310,7 +315,7 @@ def unpack(packed: Packed) -> "Expert":
     from adaptlib.experts.sparse import SparseDelta
 
     def part(module: str, name: str) -> "torch.Tensor":
-        return _tensor(packed.tensors[f"{module}.{name}"])
+        return to_tensor(packed.tensors[f"{module}.{name}"])
 
     if packed.kind == "lora":
         deltas: dict[str, Any] = {

@@ -1,7 +1,9 @@
 """Expert: the value that everything else is written in terms of."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, final
 
@@ -55,6 +57,21 @@ class Expert:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) by module."""
         return {name: delta.shape for name, delta in self.deltas.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over the updates, to tell whether two experts are one: of shapes, scales and
+        every number, whatever the card, the names of files or the device."""
+        from adaptlib.experts.codec import pack
+
+        packed = pack(self)
+        found = hashlib.sha256()
+        for module, about in packed.modules.items():
+            found.update(f"{module} {about}\n".encode())
+        for name, raw in packed.tensors.items():
+            found.update(f"{name} {raw.dtype} {raw.shape}\n".encode())
+            found.update(raw.data)
+        return found.hexdigest()
 
     def __repr__(self) -> str:
         return (

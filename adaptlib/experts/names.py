@@ -11,7 +11,8 @@ RECORDS = ("clusterings", "routers")  # first parts of names that are kept for w
 
 
 def children(_: Digest, data: bytes) -> Iterator[Digest]:
-    """What a kept object refers to: a manifest its blob, a record its experts, a blob nothing."""
+    """What a kept object refers to: a manifest its blob, a record its experts and its tensors, a
+    blob nothing."""
     if not data.startswith(b'{"') or b"\0" in data[:8]:
         return
     document = parse_json("object", data)
@@ -20,6 +21,8 @@ def children(_: Digest, data: bytes) -> Iterator[Digest]:
     elif isinstance(document.get("experts"), dict):
         for digest in document["experts"].values():
             yield Digest.parse(digest)
+        if "tensors" in document:
+            yield Digest.parse(document["tensors"])
 
 
 def record_ref(kind: str, name: str) -> Ref:

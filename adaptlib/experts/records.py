@@ -13,7 +13,8 @@ from library_store import Store
 
 def save_record(store: Store, kind: str, name: str, document: Mapping[str, Any]) -> str:
     """Keep a JSON document about experts (a clustering, a router) under `kind/name`. Its
-    `experts` maps names to digests, which gc then keeps."""
+    `experts` maps names to digests, and its `tensors`, where it has any, is the digest of a
+    blob; gc then keeps these."""
     ref = record_ref(kind, name)
     digest = store.put(msgspec.json.encode(dict(document), order="sorted"))
     before = store.refs().get(ref)

@@ -1,7 +1,7 @@
 """Arrow: route by each update's top input direction (arXiv:2405.11157, section 4.2)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -10,30 +10,27 @@ from torch import Tensor
 
 from adaptlib.errors import UsageError
 from adaptlib.experts.expert import Expert
-from adaptlib.routing.router import Choice, Mix, Router
+from adaptlib.routing.router import Choice, Mix, Scope, columns_of, fingerprints
+from adaptlib.routing.scoring import ScoringRouter
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arrow(Router):
+class Arrow(ScoringRouter):
     """Each token goes to the experts whose ΔW acts most on its direction; nothing is trained.
 
-    At a module, logit_i = |x · v_i| / temperature, where v_i is the top right singular vector of
-    ΔW_i (`prototypes`, one row for each of `columns`) and x is not normalised; then the `top_k`
-    largest, and a softmax over these.
+    At a module, score_i = |x · v_i|, where v_i is the top right singular vector of ΔW_i
+    (`prototypes`, one row for each of `columns`) and x is not normalised; then the `top_k`
+    largest, and a softmax over these divided by `temperature`.
     """
 
     prototypes: Mapping[str, Float[Tensor, "expert d_in"]]
-    top_k: int
-    temperature: float
+    # of modules that see the same input, by the first of them; made by `place`
+    stacked: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict, repr=False)
     name = "arrow"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 1:
-            raise UsageError(f"top_k is 1 or more; got {self.top_k}")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is more than 0; got {self.temperature}")
         if self.prototypes.keys() != self.columns.keys():
             raise UsageError("prototypes and columns name different modules")
         for module, rows in self.prototypes.items():
@@ -51,42 +48,51 @@ class Arrow(Router):
         top_k: int = 4,
         temperature: float = 1.0,
         mix: Mix = "outputs",
+        scope: Scope = "token",
+        threshold: float | None = None,
     ) -> "Arrow":
         """Take the prototypes from the experts' parameters. Where fewer than `top_k` experts have
         a module, all of them are chosen. Fit again after an expert changed.
 
-        UsageError for no experts, top_k < 1, temperature <= 0 or an unknown mix.
+        UsageError for no experts, top_k < 1, temperature <= 0, an unknown mix or scope.
         """
-        if not experts:
-            raise UsageError("a router needs one expert at least; got none")
-        columns: dict[str, list[int]] = {}
-        directions: dict[str, list[Tensor]] = {}
-        for i, expert in enumerate(experts.values()):
-            for module, delta in expert.deltas.items():
-                columns.setdefault(module, []).append(i)
-                directions.setdefault(module, []).append(delta.top_direction().cpu())
+        held = dict(experts.items())  # each is read once: a library reads files
+        columns = columns_of(held)
+        values = list(held.values())
         return cls(
-            experts=tuple(experts),
-            columns={module: tuple(indices) for module, indices in columns.items()},
+            experts=tuple(held),
+            fitted=fingerprints(held),
+            columns=columns,
             mix=mix,
-            prototypes={module: torch.stack(rows) for module, rows in directions.items()},
-            top_k=min(top_k, len(experts)),
+            scope=scope,
+            threshold=threshold,
+            prototypes={
+                module: torch.stack(
+                    [values[i].deltas[module].top_direction().cpu() for i in indices]
+                )
+                for module, indices in columns.items()
+            },
+            top_k=min(top_k, len(held)),
             temperature=temperature,
         )
 
-    @property
-    def most(self) -> int:
-        return min(self.top_k, max(len(here) for here in self.columns.values()))
+    def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
+        self.columns_at(module)
+        return (x.float() @ self.prototypes[module].to(x.device).T).abs()
 
-    def route(self, module: str, x: Float[Tensor, "tok d_in"]) -> Choice:
-        columns = self.columns_at(module)
-        prototypes = self.prototypes[module].to(x.device)
-        logits = (x.float() @ prototypes.T).abs() / self.temperature  # (tok, experts here)
-        top, place = logits.topk(min(self.top_k, len(columns)), dim=-1)
-        if len(columns) < len(self.experts):
-            place = torch.tensor(columns, device=x.device)[place]
-        return Choice(place, top.softmax(-1))
+    def route_all(self, modules: Sequence[str], x: Float[Tensor, "tok d_in"]) -> Choice:
+        stacked = self.stacked.get(modules[0])
+        if stacked is None:
+            return super().route_all(modules, x)
+        scores = (x.float() @ stacked.T).abs()
+        return self.choose(modules[0], scores.unflatten(1, (len(modules), -1)))
 
-    def place(self, devices: Mapping[str, torch.device]) -> "Arrow":
+    def place(
+        self, devices: Mapping[str, torch.device], groups: Sequence[tuple[str, ...]] = ()
+    ) -> "Arrow":
         placed = {m: rows.to(devices[m]) for m, rows in self.prototypes.items()}
-        return replace(self, prototypes=placed)
+        stacked = {group[0]: torch.cat([placed[m] for m in group]) for group in groups}
+        for group in groups:  # views, so that nothing is there twice
+            parts = stacked[group[0]].split([len(placed[m]) for m in group])
+            placed |= dict(zip(group, parts, strict=True))
+        return replace(self, prototypes=placed, stacked=stacked)

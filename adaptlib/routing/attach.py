@@ -7,24 +7,42 @@ from types import TracebackType
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from adaptlib.errors import BaseMismatchError, ConflictError, RefusedError, UsageError
 from adaptlib.experts.base import BaseModel, check_fit
 from adaptlib.experts.expert import Expert
 from adaptlib.routing.bank import Bank
-from adaptlib.routing.router import Choice, Router
+from adaptlib.routing.router import Router
+from adaptlib.routing.scoring import ScoringRouter
+from adaptlib.routing.session import Session
+from adaptlib.routing.together import Together, join
 from adaptlib.routing.trace import Trace
 
+# Modules of one parent that see the same input in the architectures that name them so. A wrong
+# guess costs time only: before a choice is used, the tensor is checked to be the same one.
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 
-def attach(model: nn.Module, experts: Mapping[str, Expert], router: Router) -> "Routed":
+
+def attach(
+    model: nn.Module, experts: Mapping[str, Expert], router: Router, *, tokenizer: Any = None
+) -> "Routed":
     """Run `model`, any transformers causal LM, with the experts that `router` chooses.
 
         with attach(model, experts, Arrow.fit(experts)) as routed:
             routed.generate(**inputs, max_new_tokens=32)
 
     The experts' tensors are copied to each module's device and dtype; the model's own weights are
-    not touched, and leaving the block (or `detach`) takes everything off. Everything is checked
+    not touched, and leaving the block (or `detach`) takes everything off. They are those that
+    `experts` gave at this moment: an expert that is replaced in a library later is not noticed,
+    and a router fitted before does not fit it. A router that reads the prompt's text wants the
+    model's `tokenizer`. Everything is checked
     before anything is put on: BaseMismatchError where an expert does not fit the model, UsageError
     where the router was made for other experts or cannot mix these, ConflictError where the model
     has experts attached, RefusedError where its weights are not in memory.
@@ -41,14 +59,41 @@ def attach(model: nn.Module, experts: Mapping[str, Expert], router: Router) -> "
         _check_kinds(name, expert, modules, base)
         pin = {"id": expert.base} | dict(expert.card.get("base") or {})
         check_fit(name, expert.shapes, pin, base)
+    _check_scope(router, modules, tokenizer)
     banks = _banks(model, modules, used, router)
-    placed = router.place({module: _device(modules[module]) for module in banks})
-    traces: list[Trace] = []
-    handles = [
-        modules[module].register_forward_hook(_Hook(module, placed, bank, traces), with_kwargs=True)
-        for module, bank in banks.items()
+    hooked = [m for m in modules if m in banks or m in router.probes]
+    groups: dict[str, Together] = {}
+    for group in _groups(banks, router):
+        groups[group[0]], joined = join(banks, group)
+        banks |= joined
+    devices = {module: _device(modules[module]) for module in hooked}
+    placed = router.place(devices, [group.modules for group in groups.values()])
+    session = Session(placed, banks, groups, tokenizer)
+    handles: list[Any] = [
+        modules[module].register_forward_hook(_Hook(module, session), with_kwargs=True)
+        for module in hooked
     ]
-    return Routed(model, placed, tuple(banks), traces, handles)
+    if session.by_prompt:
+        handles.append(model.register_forward_pre_hook(session.begin, with_kwargs=True))
+    return Routed(model, tuple(banks), session, handles)
+
+
+@contextmanager
+def asking(model: nn.Module, router: Router, *, tokenizer: Any = None) -> Iterator[Session]:
+    """A session without experts: its `begin` asks the router about prompts, and nothing else."""
+    modules = dict(model.named_modules())
+    _check_scope(router, modules, tokenizer)
+    placed = router.place({module: _device(modules[module]) for module in router.probes})
+    session = Session(placed, {}, {}, tokenizer)
+    handles = [
+        modules[module].register_forward_hook(_Hook(module, session), with_kwargs=True)
+        for module in router.probes
+    ]
+    try:
+        yield session
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @final
@@ -58,20 +103,19 @@ class Routed:
     Calling it and `generate` go to the model. `modules` are the names of the adapted modules.
     """
 
-    __slots__ = ("_entered", "_handles", "_traces", "model", "modules", "router")
+    __slots__ = ("_entered", "_handles", "_session", "model", "modules", "router")
 
     def __init__(
         self,
         model: nn.Module,
-        router: Router,
         modules: tuple[str, ...],
-        traces: list[Trace],
+        session: Session,
         handles: list[Any],
     ) -> None:
         self.model: Any = model
-        self.router = router
+        self.router = session.router
         self.modules = modules
-        self._traces = traces
+        self._session = session
         self._handles = handles
         self._entered = False
 
@@ -88,16 +132,22 @@ class Routed:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def confidence(self) -> Float[Tensor, " sequence"] | None:
+        """How well the best expert fits each of the last prompts, where the router has a
+        threshold; below it the base answered alone."""
+        return self._session.confidence
+
     @contextmanager
     def record(self) -> Iterator[Trace]:
         """Keep what is chosen in every forward pass inside the block."""
         self._check_attached()
         trace = Trace(self.router.experts, {module: [] for module in self.modules})
-        self._traces.append(trace)
+        self._session.traces.append(trace)
         try:
             yield trace
         finally:
-            self._traces[:] = [other for other in self._traces if other is not trace]
+            self._session.traces[:] = [t for t in self._session.traces if t is not trace]
 
     def detach(self) -> None:
         """Take the experts off; the model is exactly what it was. Does nothing the second time."""
@@ -130,10 +180,8 @@ class Routed:
 class _Hook:
     """Adds the chosen experts' updates to the output of one module."""
 
-    name: str
-    router: Router
-    bank: Bank
-    traces: list[Trace]
+    module: str
+    session: Session
 
     def __call__(
         self,
@@ -143,14 +191,45 @@ class _Hook:
         output: Tensor,
     ) -> Tensor:
         (x,) = (*args, *named.values())  # Linear calls its one input `input`, Conv1D `x`
-        flat = x.reshape(-1, x.shape[-1])
-        # Autocast would round the router's logits; the bank has the module's dtype without it.
-        with torch.autocast(x.device.type, enabled=False):
-            choice = self.router.route(self.name, flat)
-            added = self.bank(flat, choice)
-        for trace in self.traces:
-            trace.choices[self.name].append(Choice(choice.index.detach(), choice.weight.detach()))
-        return output + added.to(output.dtype).reshape(output.shape)
+        if torch.is_autocast_enabled(x.device.type):
+            # It would round the router's logits; the bank has the module's dtype without it.
+            with torch.autocast(x.device.type, enabled=False):
+                added = self.session.added(self.module, x)
+        else:
+            added = self.session.added(self.module, x)
+        return output if added is None else output + added.to(output.dtype)
+
+
+def _groups(banks: Mapping[str, Bank], router: Router) -> list[tuple[str, ...]]:
+    """The modules to run together: of one parent, with one input and the same LoRA experts."""
+    if router.scope != "token":
+        return []
+    held: dict[Any, list[str]] = {}
+    for module, bank in banks.items():
+        parent, _, last = module.rpartition(".")
+        for names in TOGETHER:
+            if last in names and bank.lora is not None and not bank.sparse:
+                table = bank.lora.a
+                alike = (table.shape[1], table.dtype, table.device, router.columns[module])
+                held.setdefault((parent, names, alike), []).append(module)
+    return [tuple(group) for group in held.values() if len(group) > 1]
+
+
+def _check_scope(router: Router, modules: Mapping[str, nn.Module], tokenizer: Any) -> None:
+    if router.reads_text and tokenizer is None:
+        raise UsageError(
+            f"router {router.name} reads the prompt's text and has no tokenizer",
+            hint="attach(model, experts, router, tokenizer=tokenizer)",
+        )
+    if router.scope == "sequence" and not isinstance(router, ScoringRouter):
+        raise UsageError(
+            f'router {router.name} scores no tokens, so it has no scope "sequence"',
+            hint='scope="token"',
+        )
+    if missing := [module for module in router.probes if module not in modules]:
+        raise BaseMismatchError(
+            f"router {router.name} looks at {missing[0]}, which this model does not have"
+        )
 
 
 def _experts_of(router: Router, experts: Mapping[str, Expert]) -> dict[str, Expert]:
@@ -172,6 +251,13 @@ def _experts_of(router: Router, experts: Mapping[str, Expert]) -> dict[str, Expe
                     f"this one has no {module}",
                     hint="fit the router to the experts that you attach",
                 )
+    prints = dict(zip(router.experts, router.fitted, strict=True)) if router.fitted else {}
+    for name, expert in used.items():
+        if prints.get(name) and prints[name] != expert.fingerprint:
+            raise UsageError(
+                f"router {router.name} was made for another {name}: its updates have changed since",
+                hint="fit the router to the experts that you attach",
+            )
     return used
 
 

@@ -7,15 +7,20 @@ R coordinates between two products, whatever the ranks:
     outputs   Σ_i w_i B_i A_i x             =  ((x Aᵀ) ⊙ w) B
     factors   (Σ_i w_i B_i) (Σ_i w_i A_i) x  =  (w ⊗ Σ_i w_i A_i x) B
 
-No tensor of (tokens, experts, d_out) is made and no A or B is built for a token. That is `dense`;
-two other paths touch only the chosen experts: `gather` for a few tokens, as in decoding, and
-`grouped` for many tokens among many experts on a CPU, where a loop costs less than the products.
+No tensor of (tokens, experts, d_out) is made and no A or B is built for a token. There are five
+paths to the same numbers, and `path` says which one costs least:
+
+    dense     both products with all R rows, weight 0 where not chosen: few experts
+    rows      products with the chosen rows only, in place (`gathered`): CPU
+    gather    the chosen rows copied out for each token: a few tokens, as in decoding
+    grouped   tokens sorted by expert, one grouped product a factor: GPU, many tokens and experts
+    shared    the chosen rows copied out once a sequence: where its tokens have one choice
 """
 
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -25,25 +30,32 @@ from adaptlib.errors import UsageError
 from adaptlib.experts.delta import Delta
 from adaptlib.experts.lora import LoRADelta
 from adaptlib.experts.sparse import SparseDelta
+from adaptlib.routing.gathered import can_gather, dots, sums
 from adaptlib.routing.router import Choice, Mix
 
-# What a CPU core multiplies in the time that one more expert takes in a loop (measured, 30 us).
-LOOP = 1 << 19
+Path = Literal["dense", "rows", "gather", "grouped"]
+
+# How much more a multiplication costs on a path than in a plain matrix product: with rows picked
+# where they lie (measured on a CPU: 2 to 3), and with rows copied first, which memory holds up.
+ROWS, COPIED = 2, 40
+# What the sorting, picking and adding up of one (token, expert) pair costs, in rows of products.
+PAIR = 16
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class LoRAStack:
     """The LoRA experts of one module. Row j of `a` and `b` belongs to expert `owner[j]`; `b` holds
-    the scale. `spans[i]` is where expert i begins and ends; `rows[i]` are its rows padded to one
-    width, and `real` is 0 where padded."""
+    the scale. `rows[i]` are the rows of expert i, padded to one width, and `real` is 0 where
+    padded. `slot[i]` is the place of expert i among those that have the module."""
 
     a: Float[Tensor, "rank d_in"]
     b: Float[Tensor, "rank d_out"]
     owner: Int[Tensor, " rank"]
-    spans: Mapping[int, slice]
     rows: Int[Tensor, "expert width"]
     real: Float[Tensor, "expert width"]
+    slot: Int[Tensor, " expert"]
+    even: bool  # one rank, so that `a` and `b` are also (experts here, rank, d)
 
     @classmethod
     def of(
@@ -57,24 +69,27 @@ class LoRAStack:
         width = max(delta.rank for delta in deltas.values())
         rows = torch.zeros(experts, width, dtype=torch.long)
         real = torch.zeros(experts, width)
-        owner: list[int] = []
-        spans: dict[int, slice] = {}
-        for i, delta in deltas.items():
-            spans[i] = slice(len(owner), len(owner) + delta.rank)
-            rows[i, : delta.rank] = torch.arange(delta.rank) + len(owner)
+        slot = torch.zeros(experts, dtype=torch.long)
+        first = next(iter(deltas.values()))
+        ranks = sum(delta.rank for delta in deltas.values())
+        owner = torch.empty(ranks, dtype=torch.long)
+        # filled in place: beside the stack itself there is one factor at a time
+        a = torch.empty(ranks, first.shape[1], dtype=dtype, device=device)
+        b = torch.empty(ranks, first.shape[0], dtype=dtype, device=device)
+        start = 0
+        for place, (i, delta) in enumerate(deltas.items()):
+            span = slice(start, start + delta.rank)
+            rows[i, : delta.rank] = torch.arange(span.start, span.stop)
             real[i, : delta.rank] = 1
-            owner += [i] * delta.rank
-        a = [delta.a.detach().to(device, dtype) for delta in deltas.values()]
-        # scaled before rounding: scale · b in half precision would be rounded twice
-        b = [(delta.b.detach().float().T * delta.scale) for delta in deltas.values()]
-        return cls(
-            torch.cat(a),
-            torch.cat([part.to(device, dtype) for part in b]),
-            torch.tensor(owner, device=device),
-            spans,
-            rows.to(device),
-            real.to(device, dtype),
-        )
+            slot[i] = place
+            owner[span] = i
+            a[span] = delta.a.detach()
+            # scaled before rounding: scale · b in half precision would be rounded twice
+            b[span] = delta.b.detach().float().T * delta.scale
+            start = span.stop
+        even = len({delta.rank for delta in deltas.values()}) == 1
+        real = real.to(device, dtype)
+        return cls(a, b, owner.to(device), rows.to(device), real, slot.to(device), even)
 
     def dense(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
@@ -85,51 +100,88 @@ class LoRAStack:
         weight = by_expert[:, self.owner]
         return _weighted(x @ self.a.T, weight, mix, self.rows.shape[1]) @ self.b
 
+    def in_place(
+        self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
+    ) -> Float[Tensor, "tok d_out"]:
+        """Only the chosen experts' rows, where they lie."""
+        rows, weight = self._chosen(choice)
+        h = _weighted(dots(x, self.a, rows), weight, mix, self.rows.shape[1])
+        return sums(h, self.b, rows)
+
     def gather(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
         """Only the chosen experts, their rows copied out for each token."""
-        rows = self.rows[choice.index].flatten(1)  # (tok, k · width)
-        weight = choice.weight.to(x.dtype)[:, :, None] * self.real[choice.index]
-        h = torch.bmm(self.a[rows], x[:, :, None]).squeeze(2)
-        h = _weighted(h, weight.flatten(1), mix, self.rows.shape[1])
-        return torch.bmm(h[:, None, :], self.b[rows]).squeeze(1)
+        return self.shared(x[:, None, :], choice, mix)[:, 0]
+
+    def shared(
+        self, x: Float[Tensor, "sequence tok d_in"], choice: Choice, mix: Mix
+    ) -> Float[Tensor, "sequence tok d_out"]:
+        """The same experts for all tokens of a sequence, their rows copied out once for it."""
+        rows, weight = self._chosen(choice)
+        h = torch.bmm(x, self.a[rows].transpose(1, 2))
+        sequences, tok, _ = h.shape
+        every = weight[:, None, :].expand_as(h).flatten(0, 1)
+        h = _weighted(h.flatten(0, 1), every, mix, self.rows.shape[1])
+        return torch.bmm(h.unflatten(0, (sequences, tok)), self.b[rows])
 
     def grouped(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
-        """Expert by expert, each for its own tokens."""
-        groups = [
-            (tok, weight.to(x.dtype), self.a[self.spans[i]], self.b[self.spans[i]])
-            for i, tok, weight in _groups(choice, len(self.rows))
-            if i in self.spans
-        ]
-        y = x.new_zeros(len(x), self.b.shape[1])
-        if mix == "outputs":
-            for tok, weight, a, b in groups:
-                y.index_add_(0, tok, (x.index_select(0, tok) @ a.T * weight) @ b)
-            return y
-        h = x.new_zeros(len(x), self.rows.shape[1])
-        for tok, weight, a, _ in groups:
-            h.index_add_(0, tok, x.index_select(0, tok) @ a.T * weight)
-        for tok, weight, _, b in groups:
-            y.index_add_(0, tok, (h.index_select(0, tok) * weight) @ b)
-        return y
+        """Tokens sorted by expert, and a product of ragged groups for each factor. Wants `even`,
+        and rows of a multiple of 16 bytes."""
+        k = choice.index.shape[1]
+        rank = self.rows.shape[1]
+        held = len(self.a) // rank
+        slot = self.slot[choice.index].flatten()
+        order = slot.argsort(stable=True)
+        token = order.div(k, rounding_mode="floor")
+        ends = torch.bincount(slot, minlength=held).cumsum(0).to(torch.int32)
+        real = self.real[choice.index, 0].to(x.dtype)  # 0 for an expert that lacks the module
+        weight = (choice.weight.to(x.dtype) * real).flatten()[order, None]
+        a = self.a.unflatten(0, (held, rank)).transpose(1, 2)
+        h = torch.nn.functional.grouped_mm(x[token], a, offs=ends) * weight
+        if mix == "factors":
+            mixed = x.new_zeros(len(x), rank).index_add_(0, token, h)
+            h = mixed[token] * weight
+        y = torch.nn.functional.grouped_mm(h, self.b.unflatten(0, (held, rank)), offs=ends)
+        return x.new_zeros(len(x), self.b.shape[1]).index_add_(0, token, y)
 
     def mix(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
         """By the path that costs least."""
-        tok, k = choice.index.shape
-        (ranks, d_in), d_out = self.a.shape, self.b.shape[1]
-        chosen = k * self.rows.shape[1]
-        if tok * chosen * 3 < ranks:  # copying a row costs about three times using it in place
-            return self.gather(x, choice, mix)
-        # Picking a token out for an expert and adding its result costs about 16 ranks.
-        saved = tok * (ranks - chosen - 16 * k) * (d_in + d_out)
-        if x.device.type == "cpu" and saved > len(self.spans) * LOOP:
-            return self.grouped(x, choice, mix)
-        return self.dense(x, choice, mix)
+        paths = {
+            "dense": self.dense,
+            "rows": self.in_place,
+            "gather": self.gather,
+            "grouped": self.grouped,
+        }
+        return paths[self.path(*choice.index.shape)](x, choice, mix)
+
+    def path(self, tok: int, k: int) -> Path:
+        """The path for `tok` tokens with `k` experts each. Costs are in rows of both products."""
+        ranks, chosen = len(self.a), k * self.rows.shape[1]
+        if can_gather(self.a):
+            return "rows" if ROWS * chosen < ranks else "dense"
+        costs: dict[Path, float] = {"dense": ranks * tok, "gather": COPIED * chosen * tok}
+        # A product of few tokens waits for the rows from memory: all of them, or those chosen.
+        if tok * chosen * 3 < ranks:
+            return "gather"
+        if self.even and self._aligned():
+            costs["grouped"] = (chosen + PAIR * k) * tok
+        return min(costs, key=costs.__getitem__)
+
+    def _aligned(self) -> bool:
+        size = self.a.element_size()
+        widths = (self.a.shape[1], self.b.shape[1], self.rows.shape[1])
+        return all(width * size % 16 == 0 for width in widths)
+
+    def _chosen(self, choice: Choice) -> tuple[Int[Tensor, "row n"], Float[Tensor, "row n"]]:
+        """The rows of `a` and `b` that each row of the choice takes, and their weights."""
+        rows = self.rows[choice.index].flatten(1)
+        weight = choice.weight.to(self.a.dtype)[:, :, None] * self.real[choice.index]
+        return rows, weight.flatten(1)
 
 
 def _weighted(
@@ -159,8 +211,9 @@ def _groups(
 @final
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """All experts of one module on its device: LoRA stacked in the module's dtype, sparse ones as
-    float32 CSR matrices by expert."""
+    """All experts of one module on its device: LoRA stacked in the module's dtype (on a CPU float32
+    at least, since half precision has no product with chosen rows there), sparse ones as float32
+    CSR matrices by expert."""
 
     lora: LoRAStack | None
     sparse: Mapping[int, Tensor]
@@ -192,6 +245,8 @@ class Bank:
                 f'mix="factors" wants LoRA of one rank at each module; {module} has {found}',
                 hint='use mix="outputs", which takes any experts',
             )
+        if device.type == "cpu":
+            dtype = torch.promote_types(dtype, torch.float32)
         stack = None
         if lora:
             stack = LoRAStack.of(lora, experts=experts, dtype=dtype, device=device)
@@ -199,17 +254,32 @@ class Bank:
         return cls(stack, matrices, next(iter(deltas.values())).shape, experts, mix)
 
     def __call__(self, x: Float[Tensor, "tok d_in"], choice: Choice) -> Float[Tensor, "tok d_out"]:
-        """What the chosen experts add to the module's output; gradients flow to `x` and to the
-        weights."""
-        total = None
+        """What the chosen experts add to the module's output, each token with its own; gradients
+        flow to `x` and to the weights."""
+        lora = None
         if self.lora is not None:
-            inputs = x.to(self.lora.a.dtype)
-            total = self.lora.mix(inputs, choice, self.mix)
-        if self.sparse:
-            added = self._sparse(x, choice)
-            total = added if total is None else total.float() + added
-        assert total is not None  # a bank has deltas
-        return total
+            lora = self.lora.mix(x.to(self.lora.a.dtype), choice, self.mix)
+        return self._total(lora, x, choice)
+
+    def shared(
+        self, x: Float[Tensor, "sequence tok d_in"], choice: Choice
+    ) -> Float[Tensor, "sequence tok d_out"]:
+        """The same, with one choice for all tokens of a sequence."""
+        lora = None
+        if self.lora is not None:
+            lora = self.lora.shared(x.to(self.lora.a.dtype), choice, self.mix).flatten(0, 1)
+        if not self.sparse:
+            every = choice
+        else:
+            every = Choice(*(part.repeat_interleave(x.shape[1], 0) for part in choice))
+        return self._total(lora, x.flatten(0, 1), every).unflatten(0, x.shape[:2])
+
+    def _total(self, lora: Tensor | None, x: Tensor, choice: Choice) -> Tensor:
+        if not self.sparse:
+            assert lora is not None  # a bank has deltas
+            return lora
+        added = self._sparse(x, choice)
+        return added if lora is None else lora.float() + added
 
     def _sparse(self, x: Float[Tensor, "tok d_in"], choice: Choice) -> Float[Tensor, "tok d_out"]:
         y = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)

@@ -32,8 +32,13 @@ class Named(Router):
                 f"no expert {expert!r} among {len(names)}: {shown or 'there are none'}",
                 hint=f"did you mean {close[0]}?" if close else None,
             )
-        columns = {module: (names.index(expert),) for module in experts[expert].deltas}
-        return cls(experts=names, columns=columns, mix=mix)
+        chosen = experts[expert]
+        return cls(
+            experts=names,
+            fitted=tuple(chosen.fingerprint if name == expert else "" for name in names),
+            columns={module: (names.index(expert),) for module in chosen.deltas},
+            mix=mix,
+        )
 
     def route(self, module: str, x: Float[Tensor, "tok d_in"]) -> Choice:
         (column,) = self.columns_at(module)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptlib.experts.expert import Expert
-from adaptlib.routing.router import Choice, Mix, Router, columns_of
+from adaptlib.routing.router import Choice, Mix, Router, columns_of, fingerprints
 
 
 @final
@@ -23,8 +23,10 @@ class Uniform(Router):
     @classmethod
     def fit(cls, experts: Mapping[str, Expert], *, mix: Mix = "outputs") -> "Uniform":
         """UsageError for no experts or an unknown mix."""
-        columns = columns_of(experts)
-        return cls(experts=tuple(experts), columns=columns, mix=mix)
+        held = dict(experts.items())  # each is read once: a library reads files
+        return cls(
+            experts=tuple(held), fitted=fingerprints(held), columns=columns_of(held), mix=mix
+        )
 
     def route(self, module: str, x: Float[Tensor, "tok d_in"]) -> Choice:
         columns = self.columns_at(module)

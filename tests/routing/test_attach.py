@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptlib import Arrow, Expert, LoRADelta, Named, Uniform, attach
+from adaptlib import Arrow, Expert, Library, LoRADelta, Named, Uniform, attach
 from adaptlib.errors import (
     BaseMismatchError,
     BaseWarning,
@@ -215,6 +215,26 @@ def test_a_router_of_other_experts(refused):
 def test_a_router_of_an_expert_that_has_changed_since(refused):
     router = Uniform.fit({"a": small([Q, Q.replace("q_", "o_")])})
     refused({"a": small([Q])}, UsageError, "another a", "has no", "o_proj", router=router)
+
+
+def test_an_expert_that_is_replaced_after_it_was_attached(tmp_path, llama, make_lora, prompts):
+    """What is attached stays what it was; a router of the old expert does not take the new one."""
+    old, new = (make_lora(llama, torch.Generator().manual_seed(seed), rank=2) for seed in (1, 2))
+    batch = prompts("left")
+    library = Library.open(tmp_path / "lib", create=True)
+    library.add(old, "a")
+    library.add(make_lora(llama, torch.Generator().manual_seed(3), rank=4), "b")
+    router = Arrow.fit(library)
+    with attach(llama, library, router) as routed, torch.no_grad():
+        before = routed(**batch).logits
+        library.add(new, "a", replace=True)
+        assert torch.equal(routed(**batch).logits, before)
+    error = fails(
+        lambda: attach(llama, library, router), UsageError, "another a: its updates have changed"
+    )
+    assert "fit the router" in error.hint
+    with attach(llama, library, Arrow.fit(library)) as routed, torch.no_grad():
+        assert (routed(**batch).logits - before).abs().max() > 0.01
 
 
 def test_factors_of_mixed_ranks(refused, llama, mixed):

@@ -6,6 +6,7 @@ import torch
 from adaptlib import LoRADelta, SparseDelta
 from adaptlib.errors import UsageError
 from adaptlib.routing.bank import Bank, LoRAStack
+from adaptlib.routing.gathered import can_gather
 from adaptlib.routing.router import Choice
 
 D_IN, D_OUT, EXPERTS = 32, 48, 6
@@ -61,6 +62,14 @@ def bank_of(deltas, mix, dtype=torch.float32):
     return Bank.of("q", deltas, experts=EXPERTS, mix=mix, dtype=dtype, device=torch.device("cpu"))
 
 
+def paths(stack):
+    """Every way to the same numbers that this stack can take."""
+    ways = [stack.dense, stack.gather, stack.mix]
+    ways += [stack.in_place] if can_gather(stack.a) else []
+    ways += [stack.grouped] if stack.even and stack._aligned() else []
+    return ways
+
+
 @pytest.mark.parametrize("tok", [1, 2, 17])
 @pytest.mark.parametrize(
     ("mix", "ranks"),
@@ -78,7 +87,7 @@ def test_every_lora_path_is_the_sum_over_the_chosen(generator, tok, mix, ranks):
     wanted = loops(deltas, x, choice, mix).float()
     bank = bank_of(deltas, mix)
     assert bank.lora is not None
-    for path in (bank.lora.dense, bank.lora.gather, bank.lora.grouped, bank.lora.mix):
+    for path in paths(bank.lora):
         torch.testing.assert_close(path(x, choice, mix), wanted, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(bank(x, choice), wanted, atol=2e-6, rtol=1e-5)
 
@@ -96,29 +105,52 @@ def test_lora_and_sparse_together(generator, tok):
     bank = bank_of(deltas, "outputs")
     torch.testing.assert_close(bank(x, choice), wanted, atol=1e-5, rtol=1e-5)
     assert bank.lora is not None
-    for path in (bank.lora.dense, bank.lora.gather, bank.lora.grouped):
+    for path in paths(bank.lora):
         got = path(x, choice, "outputs") + bank._sparse(x, choice)
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mix", ["outputs", "factors"])
+@pytest.mark.parametrize("tok", [1, 6])
+def test_a_choice_for_a_whole_sequence_is_that_choice_for_each_of_its_tokens(generator, tok, mix):
+    deltas = make_loras(generator, dict.fromkeys((0, 1, 3), 4))
+    if mix == "outputs":
+        deltas |= {2: make_sparse(generator, 1)} | make_loras(generator, {5: 7})
+    choice = make_choice(generator, 3, list(deltas), 2)
+    x = torch.randn(3, tok, D_IN, generator=generator)
+    every = Choice(*(part.repeat_interleave(tok, 0) for part in choice))
+    bank = bank_of(deltas, mix)
+    wanted = loops(deltas, x.flatten(0, 1), every, mix).float().unflatten(0, (3, tok))
+    torch.testing.assert_close(bank.shared(x, choice), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_an_expert_without_the_module_adds_nothing_on_any_path(generator):
+    """A choice for a whole prompt names the same experts at every module."""
+    deltas = make_loras(generator, {1: 4, 3: 4})
+    x = torch.randn(5, D_IN, generator=generator)
+    choice = Choice(torch.tensor([[0, 3]]).expand(5, 2), torch.tensor([[0.25, 0.75]]).expand(5, 2))
+    wanted = 0.75 * deltas[3].apply(x)
+    stack = bank_of(deltas, "outputs").lora
+    assert stack is not None
+    for path in paths(stack):
+        torch.testing.assert_close(path(x, choice, "outputs"), wanted, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("tok", "experts", "path"), [(1, 64, "gather"), (16, 4, "dense"), (2048, 64, "grouped")]
+    ("tok", "experts", "dtype", "path"),
+    [
+        (1, 64, torch.float32, "rows"),
+        (2048, 64, torch.float32, "rows"),
+        (16, 4, torch.float32, "dense"),
+        (1, 64, torch.bfloat16, "gather"),
+        (16, 4, torch.bfloat16, "dense"),
+        (2048, 64, torch.bfloat16, "grouped"),
+    ],
 )
-def test_which_path_is_taken(generator, monkeypatch, tok, experts, path):
+def test_which_path_is_taken(generator, tok, experts, dtype, path):
     deltas = make_loras(generator, dict.fromkeys(range(experts), 8))
-    bank = Bank.of(
-        "q",
-        deltas,
-        experts=experts,
-        mix="outputs",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    taken = []
-    for name in ("dense", "gather", "grouped"):
-        monkeypatch.setattr(LoRAStack, name, lambda self, x, *_, name=name: taken.append(name) or x)
-    bank(torch.zeros(tok, D_IN), make_choice(generator, tok, list(range(experts)), 2))
-    assert taken == [path]
+    stack = LoRAStack.of(deltas, experts=experts, dtype=dtype, device=torch.device("cpu"))
+    assert stack.path(tok, 2) == path
 
 
 def test_no_tokens(generator):
@@ -128,7 +160,7 @@ def test_no_tokens(generator):
 
 
 @pytest.mark.parametrize("mix", ["outputs", "factors"])
-@pytest.mark.parametrize("path", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("path", ["dense", "gather", "in_place"])
 def test_gradients_by_finite_differences(generator, mix, path):
     deltas = make_loras(generator, {0: 2, 1: 2, 3: 2}, torch.float64)
     stack = bank_of(deltas, mix, torch.float64).lora
@@ -139,6 +171,21 @@ def test_gradients_by_finite_differences(generator, mix, path):
         return getattr(stack, path)(x, Choice(index, weight), mix)
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("mix", ["outputs", "factors"])
+def test_gradients_of_the_grouped_path_are_those_of_the_dense(generator, mix):
+    stack = bank_of(make_loras(generator, dict.fromkeys((0, 1, 3), 4)), mix).lora
+    assert stack is not None
+    index, weight = make_choice(generator, 9, [0, 1, 3], 2)
+    x = torch.randn(9, D_IN, generator=generator).requires_grad_()
+    weight.requires_grad_()
+    seed = torch.randn(9, D_OUT, generator=generator)
+    got, wanted = (
+        torch.autograd.grad((path(x, Choice(index, weight), mix) * seed).sum(), (x, weight))
+        for path in (stack.grouped, stack.dense)
+    )
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_of_sparse_and_lora_together_are_those_of_the_loops(generator):
@@ -154,18 +201,32 @@ def test_gradients_of_sparse_and_lora_together_are_those_of_the_loops(generator)
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mix", ["outputs", "factors"])
+@pytest.mark.parametrize("ranks", [{0: 3, 2: 5}, {0: 8, 2: 8}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_close_on_every_path(generator, dtype):
+def test_half_precision_is_close_on_the_paths_of_a_gpu(generator, dtype, ranks, mix):
+    if mix == "factors" and len(set(ranks.values())) > 1:
+        ranks = dict.fromkeys(ranks, 3)
+    deltas = make_loras(generator, ranks)
+    choice = make_choice(generator, 9, [0, 2], 2)
+    x = torch.randn(9, D_IN, generator=generator).to(dtype)
+    wanted = loops(deltas, x, choice, mix)
+    stack = LoRAStack.of(deltas, experts=EXPERTS, dtype=dtype, device=torch.device("cpu"))
+    assert stack.a.dtype == stack.b.dtype == dtype
+    for path in paths(stack):
+        got = path(x, choice, mix).double()
+        assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_cpu_is_that_of_the_input_alone(generator, dtype):
     deltas = {**make_loras(generator, {0: 3, 2: 5}), 1: make_sparse(generator, 1)}
     choice = make_choice(generator, 9, [0, 1, 2], 2)
     x = torch.randn(9, D_IN, generator=generator).to(dtype)
-    wanted = loops(deltas, x, choice, "outputs")
-    bank = bank_of(deltas, "outputs", dtype)
-    assert bank.lora is not None
-    assert bank.lora.a.dtype == bank.lora.b.dtype == dtype
-    for lora in (bank.lora.dense, bank.lora.gather, bank.lora.grouped):
-        got = lora(x, choice, "outputs").double() + bank._sparse(x, choice)
-        assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
+    got = bank_of(deltas, "outputs", dtype)(x, choice)
+    torch.testing.assert_close(
+        got, loops(deltas, x, choice, "outputs").float(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_factors_want_lora_of_one_rank(generator):

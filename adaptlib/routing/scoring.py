@@ -1,0 +1,120 @@
+"""ScoringRouter: a number for each token and expert, the largest of which win."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from adaptlib.errors import UsageError
+from adaptlib.routing.router import Choice, Router
+
+Weights = Literal["softmax", "equal"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoringRouter(Router):
+    """The `top_k` experts with the largest scores; their weights are a softmax over these scores
+    divided by `temperature`, or `equal`.
+
+    A subclass gives `scores`. The scope follows from them: a token has its own scores, a sequence
+    the mean over its tokens, a prompt the mean over its tokens and, of each expert, its modules.
+    """
+
+    top_k: int
+    temperature: float = 1.0
+    weights: Weights = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k < 1:
+            raise UsageError(f"top_k is 1 or more; got {self.top_k}")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature is more than 0; got {self.temperature}")
+        if self.weights not in get_args(Weights):
+            raise UsageError(
+                f"weights is one of {', '.join(get_args(Weights))}; got {self.weights!r}"
+            )
+
+    @abstractmethod
+    def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
+        """The score of each of `columns[module]` for each token, float32, larger is better."""
+
+    @property
+    def most(self) -> int:
+        return min(self.top_k, max(len(here) for here in self.columns.values()))
+
+    def route(self, module: str, x: Float[Tensor, "tok d_in"]) -> Choice:
+        return self.choose(module, self.scores(module, x))
+
+    def choose(self, module: str, scores: Float[Tensor, "row *module here"]) -> Choice:
+        """The winners of each row of scores at `module`, or at several that have the same ones."""
+        columns = self.columns_at(module)
+        top, place = scores.topk(min(self.top_k, len(columns)), dim=-1)
+        if len(columns) < len(self.experts):
+            place = torch.tensor(columns, device=scores.device)[place]
+        return Choice(place, self._weights(top))
+
+    def _weights(self, top: Float[Tensor, "row *module k"]) -> Float[Tensor, "row *module k"]:
+        if self.weights == "equal":
+            return torch.full_like(top, 1 / top.shape[-1])
+        return (top if self.temperature == 1 else top / self.temperature).softmax(-1)
+
+    # -- for whole prompts ------------------------------------------------------------------------
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    def look(
+        self,
+        module: str,
+        x: Float[Tensor, "sequence tok d_in"],
+        mask: Bool[Tensor, "sequence tok"],
+    ) -> Float[Tensor, "sequence here_and_1"]:
+        """The mean score of each of `columns[module]`, and after them the mean `closeness`."""
+        flat = x.reshape(-1, x.shape[-1])
+        scores = self.scores(module, flat)
+        seen = torch.cat([scores, self.closeness(flat, scores)[:, None]], dim=1)
+        return pool(seen.unflatten(0, mask.shape), mask)
+
+    def closeness(
+        self, x: Float[Tensor, "tok d_in"], scores: Float[Tensor, "tok here"]
+    ) -> Float[Tensor, " tok"]:
+        """How well the best expert fits each token, whatever the token's length. Here the largest
+        score over the length of `x`; where scores are projections on unit vectors, a cosine."""
+        return scores.amax(1) / x.float().norm(dim=1).clamp_min(1e-12)
+
+    def weigh(
+        self, seen: Mapping[str, Float[Tensor, "sequence _"]], texts: Sequence[str] | None
+    ) -> Float[Tensor, "sequence expert"]:
+        first = next(iter(seen.values()))
+        total, count = (
+            first.new_zeros(len(first), len(self.experts)),
+            first.new_zeros(len(self.experts)),
+        )
+        for module, row in seen.items():
+            columns = torch.tensor(self.columns[module], device=first.device)
+            total.index_add_(1, columns, row[:, :-1].to(first.device))
+            count[columns] += 1
+        mean = (total / count.clamp_min(1)).masked_fill(count == 0, -torch.inf)
+        top, index = mean.topk(min(self.top_k, int((count > 0).sum())), dim=-1)
+        return torch.zeros_like(total).scatter(1, index, self._weights(top))
+
+    def confidence(
+        self, seen: Mapping[str, Float[Tensor, "sequence _"]], texts: Sequence[str] | None
+    ) -> Float[Tensor, " sequence"]:
+        """The mean `closeness` over tokens and modules."""
+        device = next(iter(seen.values())).device
+        return torch.stack([row[:, -1].to(device) for row in seen.values()]).mean(0)
+
+
+def pool(
+    values: Float[Tensor, "sequence tok n"], mask: Bool[Tensor, "sequence tok"]
+) -> Float[Tensor, "sequence n"]:
+    """The mean over the tokens of each sequence that are no padding."""
+    real = mask.to(values.dtype)[:, :, None]
+    return (values * real).sum(1) / real.sum(1).clamp_min(1)
