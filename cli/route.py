@@ -1,68 +1,61 @@
 """adaptlib route: which experts answer this input, and why."""
 
-import inspect
-import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from . import out
+from . import route_options as flags
 from .options import JsonOption, LibraryOption, QuietOption, words
 from .selection import one_base, select
 
 if TYPE_CHECKING:
     from adaptlib.experts import Expert
 
+    from .route_run import Asked, Fitted
+
 EXAMPLES = (
     'adaptlib route --prompt "When does my card expire?"',
     'echo "2 + 2" | adaptlib route --prompt - --explain',
     'adaptlib route --prompt "2 + 2" --router named:sums --generate',
+    'adaptlib route --prompt "2 + 2" --compare arrow,uniform,named:sums --generate',
+    'adaptlib route --prompt "2 + 2" --html why.html',
+    'adaptlib route --prompt "2 + 2" --scope prompt --save mine',
 )
 
 
 def route(
-    prompt: Annotated[str, typer.Option(help="The input; - reads it from stdin.")],
-    instruction: Annotated[
-        str | None,
-        typer.Option(help="Put the prompt into the form experts are trained on, with this task."),
-    ] = None,
-    router: Annotated[
-        str, typer.Option(help="arrow, uniform, or named:EXPERT for one alone.")
-    ] = "arrow",
-    top_k: Annotated[
-        int | None, typer.Option(help="Experts a token, at each module; 4, or all if fewer.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax over the chosen; 1 if not said.")
-    ] = None,
-    mix: Annotated[
-        str, typer.Option(help="outputs (sum of updates) or factors (the paper's code).")
-    ] = "outputs",
-    experts: Annotated[
-        list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")
-    ] = None,
-    only_base: Annotated[
-        str | None, typer.Option("--base", metavar="ID", help="Only experts of this base model.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, where it is not where the cards say.")
-    ] = None,
-    generate: Annotated[bool, typer.Option("--generate", help="Answer, token by token.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most this long an answer.")] = 64,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show the choice by token and by layer.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the choice: .svg or .png.")] = None,
+    prompt: flags.Prompt,
+    instruction: flags.Instruction = None,
+    router: flags.RouterOption = None,
+    compare: flags.Compare = None,
+    top_k: flags.TopK = None,
+    temperature: flags.Temperature = None,
+    mix: flags.Mix = "outputs",
+    scope: flags.Scope = None,
+    threshold: flags.Threshold = None,
+    calibrate: flags.Calibrate = None,
+    samples: flags.Samples = None,
+    experts: flags.Experts = None,
+    only_base: flags.OnlyBase = None,
+    model: flags.Model = None,
+    generate: flags.Generate = False,
+    max_new_tokens: flags.MaxNewTokens = 64,
+    save: flags.Save = None,
+    explain: flags.Explain = False,
+    plot: flags.Plot = None,
+    html: flags.Html = None,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Choose experts for an input, per token and module, without training (Arrow)."""
+    """Choose experts for an input, per token and module, without training (Arrow).
+
+    Of several routers (--compare), the first is the one that is explained, drawn and written.
+    """
     from adaptlib.errors import UsageError
     from adaptlib.experts import Library
-    from adaptlib.paths import check_path
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -70,191 +63,159 @@ def route(
     for option, count in (("--top-k", top_k), ("--max-new-tokens", max_new_tokens)):
         if count is not None and count < 1:
             raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 4")
-    if plot is not None:
-        check_path(plot)
     if mix not in ("outputs", "factors"):
         raise UsageError(f"--mix is outputs or factors; got {mix!r}", hint="--mix outputs")
+    if scope not in (None, "token", "sequence", "prompt"):
+        raise UsageError(
+            f"--scope is token, sequence or prompt; got {scope!r}", hint="--scope prompt"
+        )
+    if threshold is not None and calibrate is not None:
+        raise UsageError("--calibrate finds the threshold", hint="leave out --threshold")
+    _check_files(plot, html)
+    routers = _routers(router, compare)
+    # The options that routers have, by the names of their `fit`.
+    options = {"top_k": top_k, "temperature": temperature, "scope": scope, "threshold": threshold}
+    given = {**options, "mix": mix}
     opened = Library.open(library)
-    which = router.partition(":")[2]
-    chosen = select(opened, [which] if which else words(experts), only_base)
-    base_id, revision = one_base(opened, chosen)
-    loaded = {name: opened[name] for name in chosen}
-    given = {"top_k": top_k, "temperature": temperature, "mix": mix}
-    fitted, notes = _fit(router, loaded, given)
-    if top_k is not None and not notes and fitted.most < top_k:
-        notes.append(f"--top-k {top_k} is more than there are; top-k is {fitted.most}")
-    if not json:
-        for text_ in notes:
-            out.note(f"Note: {text_}")
+    if save is not None:
+        from adaptlib.experts.records import check_record_name
 
-    import torch
+        check_record_name("routers", save)
+
+    from . import route_pool as given_by
+    from .route_run import calibrated, check, encode, fit, kept
+
+    held = given_by.saved(opened, routers, words(experts))
+    if held is None:
+        chosen = select(opened, given_by.pool(opened, routers, words(experts)), only_base)
+        loaded = {name: opened[name] for name in chosen}
+    else:
+        loaded, chosen = dict(held[1]), held[2]
+    base_id, revision = one_base(opened, chosen)
+    if samples is not None:
+        given["samples"] = given_by.samples(samples, loaded)
+    known = given_by.prompts(calibrate) if calibrate is not None else []
+    for one in routers if held is None else []:
+        check(one, given)
 
     from adaptlib.experts import base as bases
-    from adaptlib.routing import attach
 
     base, tokenizer = bases.load(model or base_id, revision=None if model else revision)
-    if instruction is not None:
-        from adaptlib.training import prompt as asked
+    if held is None:
+        fitted = [fit(one, loaded, given, base, tokenizer) for one in routers]
+    else:
+        fitted = [kept(routers[0], held[0], options)]
+    if known:
+        fitted = [calibrated(one, base, tokenizer, known) for one in fitted]
+    if save is not None:
+        from adaptlib.routing import save_router
 
-        text = asked(instruction, text)
-    ids = _encode(tokenizer, text, base)
-    with torch.inference_mode(), attach(base, loaded, fitted) as routed:
-        with routed.record() as trace:
-            routed(**ids)
-        shares = {name: weight for name, weight in trace.shares().items() if weight > 0}
-        if not json:
-            _print_shares(shares, fitted.name, fitted.most, quiet=quiet)
-        details = _details(trace, tokenizer, ids) if explain or plot else None
-        if explain and not json and details:
+        save_router(opened, save, fitted[0].router)
+        out.note(f"Saved  (adaptlib route --router saved:{save})")
+    notes = list(dict.fromkeys(note for one in fitted for note in one.notes))
+    if not json:
+        for note in notes:
+            out.note(f"Note: {note}")
+    if instruction is not None:
+        from adaptlib.training import prompt as in_form
+
+        text = in_form(instruction, text)
+    fields = _ask(
+        (base, tokenizer, encode(tokenizer, text, base)),
+        loaded,
+        fitted,
+        prompt=text,
+        compared=bool(compare),
+        answer=max_new_tokens if generate else None,
+        explain=explain,
+        plot=plot,
+        html=html,
+        silent=json,
+        quiet=quiet,
+    )
+    if json:
+        out.document("route", **fields | {"notes": notes})
+
+
+def _ask(
+    model: tuple[Any, Any, Any],
+    experts: "Mapping[str, Expert]",
+    fitted: "Sequence[Fitted]",
+    *,
+    prompt: str,
+    compared: bool,
+    answer: int | None,
+    explain: bool,
+    plot: Path | None,
+    html: Path | None,
+    silent: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Ask every router, say and write what is wanted of it, and give what JSON says."""
+    from . import route_view as view
+    from .route_run import ask, warm, without_top
+
+    base, tokenizer, ids = model
+    details: dict[str, Any] = {}
+
+    def see(first: "Asked") -> None:
+        """What is known of the first router before it answers."""
+        if not silent and not compared:
+            view.print_shares(first, quiet=quiet)
+        if explain or plot is not None or html is not None:
+            details.update(view.details(first.trace, tokenizer, ids))
+        if explain and not silent:
             from .explain import print_explanation
 
             print_explanation(details)
-        if plot is not None and details:
-            from adaptlib.routing.plot import plot_routing
 
-            plot_routing(plot, details["tokens"], details["layers"])
-            out.note(f"Drew {plot}")
-        answer = None
-        if generate:
-            answer = _generate(routed, tokenizer, ids, max_new_tokens, stream=not json)
-    if json:
-        fields: dict[str, Any] = {
-            "router": fitted.name,
-            "top_k": fitted.most,
-            "mix": fitted.mix,
-            "experts": [{"name": name, "weight": weight} for name, weight in shares.items()],
-            "notes": notes,
-        }
-        if answer is not None:
-            fields["text"] = answer
-        if explain and details:
-            fields |= {"layers": details["layers"], "tokens": details["tokens"]}
-        out.document("route", **fields)
-
-
-def _fit(router: str, experts: "dict[str, Expert]", given: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The router, fitted with those of the `given` options that it has, and notes on the others.
-
-    Options are by the names of `fit`; None is not given. So a new router needs no line here.
-    """
-    from adaptlib.errors import UsageError
-    from adaptlib.routing import ROUTERS
-
-    name, _, which = router.partition(":")
-    if name not in ROUTERS:
-        raise UsageError(
-            f"no router {name!r}; there are: {', '.join(ROUTERS)}", hint="--router arrow"
-        )
-    takes = inspect.signature(ROUTERS[name].fit).parameters
-    if ("expert" in takes) != bool(which):
-        raise UsageError(
-            f"--router {router}: named takes the expert's name, others take none",
-            hint=f"--router named:{next(iter(experts))}",
-        )
-    given = {key: value for key, value in given.items() if value is not None}
-    notes = [
-        f"router {name} has no --{key.replace('_', '-')}; it is not used"
-        for key in given
-        if key not in takes
+    if compared:
+        warm(base, ids)
+    stream = not silent and not compared
+    asked = [
+        ask(base, experts, one, tokenizer, ids, answer=answer, stream=stream, seen=see_it)
+        for one, see_it in zip(fitted, [see] + [None] * (len(fitted) - 1), strict=True)
     ]
-    options = {key: value for key, value in given.items() if key in takes}
-    if which:
-        options["expert"] = which
-    return ROUTERS[name].fit(experts, **options), notes
+    if explain or html is not None:
+        details["without"] = without_top(base, experts, asked[0], tokenizer, ids, answer=answer)
+    if explain and not silent:
+        from .explain import print_without
+
+        print_without(details["without"], asked[0].text)
+    fields = view.fields(asked, compared=compared)
+    if compared and not silent:
+        view.print_comparison(fields["compare"], quiet=quiet)
+    if plot is not None:
+        from adaptlib.routing.plot import plot_routing
+
+        plot_routing(plot, details["tokens"], details["layers"])
+        out.note(f"Drew {plot}")
+    if html is not None:
+        from .route_report import write
+
+        write(html, {"prompt": prompt, **fields, **details}, asked[0].trace, experts)
+        out.note(f"Wrote {html}")
+    return fields | details if explain else fields
 
 
-def _encode(tokenizer: Any, text: str, base: Any) -> Any:
+def _check_files(plot: Path | None, html: Path | None) -> None:
+    if plot is not None:
+        from adaptlib.paths import check_path
+
+        check_path(plot)
+    if html is not None:
+        from adaptlib.routing.report import check_report
+
+        check_report(html)
+
+
+def _routers(router: str | None, compare: list[str] | None) -> list[str]:
+    """The words for each router, the first of them the one that is asked."""
     from adaptlib.errors import UsageError
 
-    ids = tokenizer(text, return_tensors="pt", verbose=False).to(base.device)
-    ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
-    length = ids["input_ids"].shape[1]
-    if not length:
-        raise UsageError("the prompt is empty to this model: its tokenizer finds no token in it")
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context and length >= context:
-        raise UsageError(
-            f"the prompt has {length} tokens; {base.config.model_type} takes {context - 1} and one "
-            "to answer",
-            hint=f"leave out at least {length - context + 1} tokens of it",
-        )
-    return ids
-
-
-def _print_shares(shares: dict[str, float], router: str, top_k: int, *, quiet: bool) -> None:
-    if quiet:
-        for name in shares:
-            out.line(name)
-        return
-    shown = dict(list(shares.items())[:10])
-    width = min(40, max(len(name) for name in shown))
-    top = max(shown.values())
-    out.line(f"{router}, top {top_k}: each expert's share of the routing weight")
-    for name, weight in shown.items():
-        bar = out.bar(weight / top if top else 0.0, 80 - width - 12)
-        out.line(f"  {out.cut(name, width):<{width}}  {weight:6.1%}  {bar}")
-    if rest := len(shares) - len(shown):
-        left = sum(list(shares.values())[10:])
-        out.line(f"  {f'{rest} others':<{width}}  {left:6.1%}")
-
-
-def _details(trace: Any, tokenizer: Any, ids: Any) -> dict[str, Any]:
-    """By token and by layer, who was chosen, as plain data."""
-    pieces = _pieces(tokenizer, ids["input_ids"][0].tolist())
-    by_token, names = trace.tokens(), list(trace.experts)
-    by_layer: dict[int | str, list[tuple[float, ...]]] = {}
-    for module, weights in trace.layers().items():
-        number = re.search(r"(?:^|\.)(\d+)\.", module)
-        by_layer.setdefault(int(number[1]) if number else module, []).append(weights)
-    tokens = []
-    for piece, weights in zip(pieces, by_token.tolist(), strict=True):
-        best = max(range(len(names)), key=weights.__getitem__)
-        tokens.append({"token": piece, "expert": names[best], "weight": weights[best]})
-    layers = []
-    for layer, rows in by_layer.items():
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        chosen = [
-            {"name": name, "weight": weight}
-            for name, weight in zip(names, means, strict=True)
-            if weight > 0
-        ]
-        chosen.sort(key=lambda entry: -entry["weight"])
-        layers.append({"layer": layer, "experts": chosen})
-    return {"tokens": tokens, "layers": layers}
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token; a character of several tokens stands at the last of them."""
-    pieces, start = [], 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
-        whole = not text.endswith("\ufffd") or end == len(ids)
-        pieces.append(text if whole else "")
-        start = end if whole else start
-    return pieces
-
-
-def _generate(routed: Any, tokenizer: Any, ids: Any, limit: int, *, stream: bool) -> str:
-    from transformers import TextStreamer
-
-    class Plain(TextStreamer):
-        """Writes what a model says without what would steer the terminal."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(out.plain(text), stream_end)
-
-    length = ids["input_ids"].shape[1]
-    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(limit, context - length) if context else limit
-    if stream:
-        out.line()
-        sys.stdout.flush()
-    streamer = Plain(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = routed.generate(
-        **ids,
-        max_new_tokens=limit,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        streamer=streamer if stream else None,
-    )
-    return tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()
+    several = words(compare)
+    if compare is not None and not several:
+        raise UsageError("--compare names no router", hint="--compare arrow,uniform")
+    if router is not None:
+        several = [router, *several]
+    return [one for i, one in enumerate(several) if one not in several[:i]] or ["arrow"]

@@ -15,7 +15,9 @@ EXAMPLES = ("adaptlib show sql", "adaptlib show sql --json")
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A name, name:tag or digest; clusterings/NAME.")],
+    name: Annotated[
+        str, typer.Argument(help="A name, name:tag or digest; clusterings/NAME, routers/NAME.")
+    ],
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -68,9 +70,16 @@ def show(
 
 
 def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
-    """A saved clustering: what it was made from, and its groups."""
+    """A saved clustering or router: what it was made from, and its groups or experts."""
     if json:
         out.document("show", name=name, record=document)
+        return
+    if "router" in document:
+        options = {"router": document["router"], **document["options"]}
+        what = ", ".join(f"{k} {v}" for k, v in options.items() if isinstance(v, str | int | float))
+        out.line(f"{name}: {what}, {out.count(len(document['experts']), 'expert')}")
+        for expert, digest in document["experts"].items():
+            out.line(f"  {out.short(digest)}  {expert}")
         return
     clusters = document.get("clusters", {})
     what = ", ".join(f"{key} {document[key]}" for key in ("method", "k", "seed", "features"))

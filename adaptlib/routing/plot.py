@@ -31,7 +31,7 @@ def _draw(tokens: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any
         for entry in layer["experts"]:
             totals[entry["name"]] = totals.get(entry["name"], 0.0) + entry["weight"]
     ranked = sorted(totals, key=lambda name: (-totals[name], name))[:SHOWN]
-    colour = {name: COLOURS[i] for i, name in enumerate(ranked[: len(COLOURS)])}
+    colour: dict[str | None, str] = {name: COLOURS[i] for i, name in enumerate(ranked[: len(COLOURS)])}
     lines = _lines(tokens)
     heights = [ROW * len(lines) + 0.25, ROW * len(layers)]
     total = sum(heights) + 2.4
@@ -65,6 +65,8 @@ def _draw(tokens: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any
                 },
             )
 
+    if not ranked:  # the base answered alone
+        return figure
     grid = figure.add_axes((0.08, 1.5 / total, 0.84, heights[1] / total))
     weights = [
         [{e["name"]: e["weight"] for e in layer["experts"]}.get(name, 0.0) for name in ranked]
@@ -93,10 +95,12 @@ def _draw(tokens: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any
     return figure
 
 
-def _lines(tokens: Sequence[Mapping[str, Any]]) -> list[list[tuple[float, str, str]]]:
+def _lines(
+    tokens: Sequence[Mapping[str, Any]],
+) -> list[list[tuple[float, str, str | None]]]:
     """Tokens set in lines: (x in inches, text, expert) for each."""
     cell, gap = 0.0765, 0.09  # inches: a monospaced character of 9 points, and between two boxes
-    lines: list[list[tuple[float, str, str]]] = [[]]
+    lines: list[list[tuple[float, str, str | None]]] = [[]]
     x = 0.0
     for token in tokens:
         text = token["token"].replace("\n", "⏎").replace("\t", "⇥")

@@ -1,0 +1,103 @@
+"""What a routing is given: the experts to choose among, saved routers, samples and prompts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adaptlib.experts import Expert, Library
+    from adaptlib.routing import Router
+
+SAMPLES = 20  # prompts of an expert's task that a router sees, as LoraRetriever has it
+
+
+def pool(library: "Library", routers: list[str], experts: list[str]) -> list[str]:
+    """The names to choose from: those that routers name come first, so that an expert goes by the
+    name it was asked by; and no others where every router names its own."""
+    from adaptlib.errors import UsageError
+
+    which = [found for name in routers if (found := name.partition(":")[2])]
+    if len(which) == len(routers):
+        return which
+    held = {library.digest(name) for name in experts or library}
+    for name in which:
+        if library.digest(name) not in held:
+            raise UsageError(
+                f"named:{name} is none of --experts {','.join(experts)}", hint=f"--experts {name}"
+            )
+    return [*which, *(experts or library)]
+
+
+def saved(
+    library: "Library", routers: list[str], experts: list[str]
+) -> "tuple[Router, Mapping[str, Expert], list[str]] | None":
+    """The router that `saved:NAME` asks for, its experts and their digests; None where no router is
+    saved."""
+    from adaptlib.errors import UsageError
+    from adaptlib.experts.records import load_record
+    from adaptlib.routing import load_router
+
+    names = [name for name in routers if name.partition(":")[0] == "saved"]
+    if not names:
+        return None
+    if len(routers) > 1:
+        raise UsageError(
+            "a saved router knows its own experts, so it is asked alone",
+            hint=f"--router {names[0]}",
+        )
+    if experts:
+        raise UsageError(f"{names[0]} knows its own experts", hint="leave out --experts")
+    name = names[0].partition(":")[2]
+    router, held = load_router(library, name)
+    return router, held, list(load_record(library.store, "routers", name)["experts"].values())
+
+
+def samples(folder: Path, experts: "Mapping[str, Expert]") -> dict[str, list[str]]:
+    """For each expert some prompts of its task: of the training rows of the file in `folder` that
+    is called like its card's task, or like itself."""
+    from adaptlib.errors import NotFoundError, UsageError
+    from adaptlib.training import Row, read_task
+
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"no folder {folder} with samples", hint="--samples DIR, with one file a task"
+        )
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.is_file()}
+    found: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        asked = [str(expert.card.get("task")), name.partition(":")[0]]
+        path = next((files[stem] for stem in asked if stem in files), None)
+        if path is None:
+            continue
+        task = read_task(path)
+        rows = task.split(next(iter(task.rows)))[:SAMPLES]
+        found[name] = [task.prompt(row) for row in rows if isinstance(row, Row)]
+        if not found[name]:
+            raise UsageError(
+                f"{path} is a task of another form; samples want rows with an input",
+                hint="leave that file out of --samples",
+            )
+    if not found:
+        raise NotFoundError(
+            f"no file in {folder} is called like the task of one of {len(experts)} experts",
+            hint=f"{folder}/{next(iter(experts.values())).card.get('task') or 'TASK'}.jsonl",
+        )
+    return found
+
+
+def prompts(path: Path) -> list[str]:
+    """Prompts, one a line."""
+    from adaptlib.errors import NotFoundError, UsageError
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise NotFoundError(f"no file {path} with prompts") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no text file: {error}") from None
+    found = [line.replace("\\n", "\n") for line in lines if line.strip()]
+    if not found:
+        raise UsageError(
+            f"{path} holds no prompt", hint=r"one prompt a line; \n stands for a line break in it"
+        )
+    return found
