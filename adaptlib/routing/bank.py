@@ -12,9 +12,9 @@ paths to the same numbers, and `path` says which one costs least:
 
     dense     both products with all R rows, weight 0 where not chosen: few experts
     rows      products with the chosen rows only, in place (`gathered`): CPU
-    gather    the chosen rows copied out for each token: a few tokens, as in decoding
+    gather    the chosen experts copied out for each token: a few tokens, as in decoding
     grouped   tokens sorted by expert, one grouped product a factor: GPU, many tokens and experts
-    shared    the chosen rows copied out once a sequence: where its tokens have one choice
+    shared    the chosen experts copied out once a sequence: where its tokens have one choice
 """
 
 import warnings
@@ -47,15 +47,19 @@ PAIR = 16
 class LoRAStack:
     """The LoRA experts of one module. Row j of `a` and `b` belongs to expert `owner[j]`; `b` holds
     the scale. `rows[i]` are the rows of expert i, padded to one width, and `real` is 0 where
-    padded. `slot[i]` is the place of expert i among those that have the module."""
+    padded; it is None where nothing is. `slot[i]` is the place of expert i among those that have
+    the module."""
 
     a: Float[Tensor, "rank d_in"]
     b: Float[Tensor, "rank d_out"]
     owner: Int[Tensor, " rank"]
     rows: Int[Tensor, "expert width"]
-    real: Float[Tensor, "expert width"]
+    real: Float[Tensor, "expert width"] | None
     slot: Int[Tensor, " expert"]
     even: bool  # one rank, so that `a` and `b` are also (experts here, rank, d)
+    width: int  # the largest rank
+    ranks: int  # the sum of them
+    gathers: bool  # whether there are products with chosen rows of its tables
 
     @classmethod
     def of(
@@ -88,8 +92,9 @@ class LoRAStack:
             b[span] = delta.b.detach().float().T * delta.scale
             start = span.stop
         even = len({delta.rank for delta in deltas.values()}) == 1
-        real = real.to(device, dtype)
-        return cls(a, b, owner.to(device), rows.to(device), real, slot.to(device), even)
+        padded = None if bool(real.all()) else real.to(device, dtype)
+        placed = (owner.to(device), rows.to(device), padded, slot.to(device))
+        return cls(a, b, *placed, even, width, ranks, can_gather(a))
 
     def dense(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
@@ -97,48 +102,46 @@ class LoRAStack:
         """All experts for all tokens, with weight 0 where they were not chosen."""
         by_expert = x.new_zeros(len(x), len(self.rows))
         by_expert = by_expert.scatter(1, choice.index, choice.weight.to(x.dtype))
-        weight = by_expert[:, self.owner]
-        return _weighted(x @ self.a.T, weight, mix, self.rows.shape[1]) @ self.b
+        h = x @ self.a.T
+        if mix == "factors":  # which wants one rank
+            weight = by_expert[:, self.owner[:: self.width]][:, :, None]
+            return weighted(h.unflatten(1, (-1, self.width)), weight, mix).flatten(1) @ self.b
+        return (h * by_expert[:, self.owner]) @ self.b
 
     def in_place(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
         """Only the chosen experts' rows, where they lie."""
-        rows, weight = self._chosen(choice)
-        h = _weighted(dots(x, self.a, rows), weight, mix, self.rows.shape[1])
-        return sums(h, self.b, rows)
+        rows = self.rows[choice.index]
+        h = dots(x, self.a, rows.flatten(1)).view(rows.shape)
+        return sums(weighted(h, self.weights(choice), mix).flatten(1), self.b, rows.flatten(1))
 
     def gather(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
-        """Only the chosen experts, their rows copied out for each token."""
+        """Only the chosen experts, copied out for each token."""
         return self.shared(x[:, None, :], choice, mix)[:, 0]
 
     def shared(
         self, x: Float[Tensor, "sequence tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "sequence tok d_out"]:
-        """The same experts for all tokens of a sequence, their rows copied out once for it."""
-        rows, weight = self._chosen(choice)
-        h = torch.bmm(x, self.a[rows].transpose(1, 2))
-        sequences, tok, _ = h.shape
-        every = weight[:, None, :].expand_as(h).flatten(0, 1)
-        h = _weighted(h.flatten(0, 1), every, mix, self.rows.shape[1])
-        return torch.bmm(h.unflatten(0, (sequences, tok)), self.b[rows])
+        """The same experts for all tokens of a sequence, copied out once for it."""
+        a, b = self._copies(choice.index)
+        h = torch.bmm(x, a.transpose(1, 2)).unflatten(2, (choice.index.shape[1], self.width))
+        return torch.bmm(weighted(h, self.weights(choice)[:, None], mix).flatten(2), b)
 
     def grouped(
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
         """Tokens sorted by expert, and a product of ragged groups for each factor. Wants `even`,
         and rows of a multiple of 16 bytes."""
-        k = choice.index.shape[1]
-        rank = self.rows.shape[1]
+        k, rank = choice.index.shape[1], self.width
         held = len(self.a) // rank
         slot = self.slot[choice.index].flatten()
         order = slot.argsort(stable=True)
         token = order.div(k, rounding_mode="floor")
         ends = torch.bincount(slot, minlength=held).cumsum(0).to(torch.int32)
-        real = self.real[choice.index, 0].to(x.dtype)  # 0 for an expert that lacks the module
-        weight = (choice.weight.to(x.dtype) * real).flatten()[order, None]
+        weight = self.weights(choice)[:, :, 0].flatten()[order, None]
         a = self.a.unflatten(0, (held, rank)).transpose(1, 2)
         h = torch.nn.functional.grouped_mm(x[token], a, offs=ends) * weight
         if mix == "factors":
@@ -151,18 +154,17 @@ class LoRAStack:
         self, x: Float[Tensor, "tok d_in"], choice: Choice, mix: Mix
     ) -> Float[Tensor, "tok d_out"]:
         """By the path that costs least."""
-        paths = {
-            "dense": self.dense,
-            "rows": self.in_place,
-            "gather": self.gather,
-            "grouped": self.grouped,
-        }
-        return paths[self.path(*choice.index.shape)](x, choice, mix)
+        path = self.path(*choice.index.shape)
+        if path == "rows":
+            return self.in_place(x, choice, mix)
+        if path == "dense":
+            return self.dense(x, choice, mix)
+        return self.gather(x, choice, mix) if path == "gather" else self.grouped(x, choice, mix)
 
     def path(self, tok: int, k: int) -> Path:
         """The path for `tok` tokens with `k` experts each. Costs are in rows of both products."""
-        ranks, chosen = len(self.a), k * self.rows.shape[1]
-        if can_gather(self.a):
+        chosen, ranks = k * self.width, self.ranks
+        if self.gathers:
             return "rows" if ROWS * chosen < ranks else "dense"
         costs: dict[Path, float] = {"dense": ranks * tok, "gather": COPIED * chosen * tok}
         # A product of few tokens waits for the rows from memory: all of them, or those chosen.
@@ -174,24 +176,36 @@ class LoRAStack:
 
     def _aligned(self) -> bool:
         size = self.a.element_size()
-        widths = (self.a.shape[1], self.b.shape[1], self.rows.shape[1])
+        widths = (self.a.shape[1], self.b.shape[1], self.width)
         return all(width * size % 16 == 0 for width in widths)
 
-    def _chosen(self, choice: Choice) -> tuple[Int[Tensor, "row n"], Float[Tensor, "row n"]]:
-        """The rows of `a` and `b` that each row of the choice takes, and their weights."""
-        rows = self.rows[choice.index].flatten(1)
-        weight = choice.weight.to(self.a.dtype)[:, :, None] * self.real[choice.index]
-        return rows, weight.flatten(1)
+    def weights(self, choice: Choice) -> Float[Tensor, "row k width"]:
+        """The weight of each chosen row, or of each expert's rows alike: (row, k, 1)."""
+        weight = choice.weight.to(self.a.dtype)[..., None]
+        return weight if self.real is None else weight * self.real[choice.index]
+
+    def _copies(
+        self, index: Int[Tensor, "row k"]
+    ) -> tuple[Float[Tensor, "row n d_in"], Float[Tensor, "row n d_out"]]:
+        """The rows of the experts in `index`, for each row of it under each other."""
+        if not self.even:
+            rows = self.rows[index].flatten(1)
+            return self.a[rows], self.b[rows]
+        slots = self.slot[index].flatten()
+        a, b = (
+            table.unflatten(0, (-1, self.width)).index_select(0, slots)
+            for table in (self.a, self.b)
+        )
+        n = index.shape[1] * self.width
+        return a.view(len(index), n, a.shape[2]), b.view(len(index), n, b.shape[2])
 
 
-def _weighted(
-    h: Float[Tensor, "tok rows"], weight: Float[Tensor, "tok rows"], mix: Mix, rank: int
-) -> Float[Tensor, "tok rows"]:
+def weighted(
+    h: Float[Tensor, "*row k width"], weight: Float[Tensor, "*#row k #width"], mix: Mix
+) -> Float[Tensor, "*row k width"]:
+    """What goes from A to B, for both ways to mix."""
     h = h * weight
-    if mix == "outputs":
-        return h
-    blocks = h.unflatten(1, (h.shape[1] // rank, rank))
-    return blocks.sum(1).repeat(1, blocks.shape[1]) * weight
+    return h if mix == "outputs" else h.sum(-2, keepdim=True) * weight
 
 
 def _groups(

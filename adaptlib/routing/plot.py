@@ -31,7 +31,9 @@ def _draw(tokens: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any
         for entry in layer["experts"]:
             totals[entry["name"]] = totals.get(entry["name"], 0.0) + entry["weight"]
     ranked = sorted(totals, key=lambda name: (-totals[name], name))[:SHOWN]
-    colour: dict[str | None, str] = {name: COLOURS[i] for i, name in enumerate(ranked[: len(COLOURS)])}
+    colour: dict[str | None, str] = {
+        name: COLOURS[i] for i, name in enumerate(ranked[: len(COLOURS)])
+    }
     lines = _lines(tokens)
     heights = [ROW * len(lines) + 0.25, ROW * len(layers)]
     total = sum(heights) + 2.4

@@ -37,8 +37,9 @@ class Session:
     weights: Float[Tensor, "sequence expert"] | None = None  # scope "prompt"
     confidence: Float[Tensor, " sequence"] | None = None  # with a threshold
     kept: dict[str, Choice] = field(default_factory=dict)  # by module, of each sequence
-    # by module: the input that a group's first module saw, and what was chosen and added for it
-    ahead: dict[str, tuple[Tensor, Choice, Tensor]] = field(default_factory=dict)
+    # by module: the input that the first of its group saw, its place there, and what was chosen for
+    # the group and added to this module
+    ahead: dict[str, tuple[Tensor, int, Choice, Tensor]] = field(default_factory=dict)
     seen: dict[str, Tensor] | None = None  # what `look` gave, while the base is probed
 
     @property
@@ -118,8 +119,7 @@ class Session:
         if bank is None:
             return None
         if self.router.scope == "token":
-            choice, added = self._of_tokens(module, bank, x)
-            self._trace(module, choice, 1)
+            added = self._of_tokens(module, bank, x)
             return added.reshape(*x.shape[:-1], added.shape[-1])
         split, mask = self._sequences(module, x)
         choice = self._of_sequences(module, split, mask)
@@ -127,22 +127,26 @@ class Session:
         added = bank.shared(split, choice)
         return added.reshape(*x.shape[:-1], added.shape[-1])
 
-    def _of_tokens(self, module: str, bank: Bank, x: Tensor) -> tuple[Choice, Tensor]:
+    def _of_tokens(self, module: str, bank: Bank, x: Tensor) -> Tensor:
         """By token. The first of a group of modules does the work of all of them; whether the
         others did see the same tensor is checked when their turn comes."""
         done = self.ahead.pop(module, None)
         if done is not None and done[0] is x:
-            return done[1:]
+            _, m, choice, added = done
+            self._trace(module, choice, 1, m)
+            return added
         flat = x.reshape(-1, x.shape[-1])
         group = self.groups.get(module)
         if group is None:
             choice = self._open(module, x, self.router.route(module, flat))
-            return choice, bank(flat, choice)
+            self._trace(module, choice, 1)
+            return bank(flat, choice)
         choice = self._open(module, x, self.router.route_all(group.modules, flat))
-        added = group(flat, choice)
-        for m, other in enumerate(group.modules):
-            self.ahead[other] = (x, Choice(choice.index[:, m], choice.weight[:, m]), added[m])
-        return self.ahead.pop(module)[1:]
+        self._trace(module, choice, 1, 0)
+        first, *others = group(flat, choice)
+        for m, added in enumerate(others, start=1):
+            self.ahead[group.modules[m]] = (x, m, choice, added)
+        return first
 
     def _open(self, module: str, x: Tensor, choice: Choice) -> Choice:
         """The choice, with weight 0 where no expert fits the prompt."""
@@ -205,10 +209,14 @@ class Session:
             mask = mask.new_ones(split.shape[:2])
         return split, mask
 
-    def _trace(self, module: str, choice: Choice, tok: int) -> None:
+    def _trace(self, module: str, choice: Choice, tok: int, m: int | None = None) -> None:
+        """Record the choice for `tok` tokens each; that of the m-th module of several."""
+        if not self.traces:
+            return
+        parts = (part if m is None else part[:, m] for part in choice)
+        kept = Choice(*(part.detach().repeat_interleave(tok, 0) for part in parts))
         for trace in self.traces:
-            parts = (part.detach().repeat_interleave(tok, 0) for part in choice)
-            trace.choices[module].append(Choice(*parts))
+            trace.choices[module].append(kept)
 
 
 def _mask(given: Any, shape: Sequence[int], model: nn.Module) -> Bool[Tensor, "sequence tok"]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptlib.routing.bank import Bank, LoRAStack
+from adaptlib.routing.bank import Bank, LoRAStack, weighted
 from adaptlib.routing.gathered import dots, sums
 from adaptlib.routing.router import Choice, Mix
 
@@ -37,28 +37,60 @@ class Together:
         self, x: Float[Tensor, "tok d_in"], choice: Choice
     ) -> tuple[Float[Tensor, "tok _"], ...]:
         """What the chosen experts add at each module, for a choice of (tok, module, k)."""
-        tok, modules, k = choice.index.shape
         x = x.to(self.a.dtype)
-        if self.stacks[0].path(tok, k) != "rows":
-            parts = (Choice(choice.index[:, m], choice.weight[:, m]) for m in range(modules))
-            return tuple(
-                s.mix(x, part, self.mix) for s, part in zip(self.stacks, parts, strict=True)
-            )
+        path = self.stacks[0].path(choice.index.shape[0], choice.index.shape[2])
+        if path == "rows":
+            return self._in_place(x, choice)
+        if path == "gather" and self.blocks:
+            return self._gather(x, choice)
+        parts = (Choice(index, w) for index, w in zip(*(t.unbind(1) for t in choice), strict=True))
+        return tuple(s.mix(x, part, self.mix) for s, part in zip(self.stacks, parts, strict=True))
+
+    @property
+    def blocks(self) -> bool:
+        """Whether each slot is a block of as many rows, one after the other."""
+        return self.real is None
+
+    def _in_place(
+        self, x: Float[Tensor, "tok d_in"], choice: Choice
+    ) -> tuple[Float[Tensor, "tok _"], ...]:
+        tok, modules, k = choice.index.shape
         slots = choice.index + self.offset
         rows = self.rows[slots]  # (tok, module, k, width)
+        n = k * rows.shape[3]
         weight = choice.weight.to(x.dtype)[..., None]
         if self.real is not None:
             weight = weight * self.real[slots]
-        h = dots(x, self.a, rows.flatten(1)).view(rows.shape) * weight
-        if self.mix == "factors":
-            h = h.sum(2, keepdim=True) * weight
+        h = weighted(
+            dots(x, self.a, rows.view(tok, modules * n)).view(rows.shape), weight, self.mix
+        )
         if self.b is not None:
-            y = sums(h.flatten(0, 1).flatten(1), self.b, rows.flatten(0, 1).flatten(1))
-            return y.unflatten(0, (tok, modules)).unbind(1)
+            y = sums(h.view(tok * modules, n), self.b, rows.view(tok * modules, n))
+            return y.view(tok, modules, self.b.shape[1]).unbind(1)
         return tuple(
             sums(h[:, m].flatten(1), stack.b, rows[:, m].flatten(1) - self.first[m])
             for m, stack in enumerate(self.stacks)
         )
+
+    def _gather(
+        self, x: Float[Tensor, "tok d_in"], choice: Choice
+    ) -> tuple[Float[Tensor, "tok _"], ...]:
+        tok, modules, k = choice.index.shape
+        width = self.rows.shape[1]
+        slots = (choice.index + self.offset).flatten()
+        a = self.a.unflatten(0, (-1, width)).index_select(0, slots).view(tok, -1, x.shape[1])
+        h = torch.bmm(a, x[:, :, None]).view(tok, modules, k, width)
+        h = weighted(h, choice.weight.to(x.dtype)[..., None], self.mix)
+        if self.b is not None:
+            b = self.b.unflatten(0, (-1, width)).index_select(0, slots)
+            y = torch.bmm(h.view(-1, 1, k * width), b.view(tok * modules, k * width, -1))
+            return y.view(tok, modules, -1).unbind(1)
+        found: list[Tensor] = []
+        for m, stack in enumerate(self.stacks):
+            b = stack.b.unflatten(0, (-1, width)).index_select(0, choice.index[:, m].flatten())
+            b = b.view(tok, k * width, -1)
+            found.append(torch.bmm(h[:, m].reshape(tok, 1, k * width), b)[:, 0])
+        return tuple(found)
 
 
 def join(banks: Mapping[str, Bank], modules: Sequence[str]) -> tuple[Together, dict[str, Bank]]:
@@ -74,13 +106,13 @@ def join(banks: Mapping[str, Bank], modules: Sequence[str]) -> tuple[Together, d
         for stack, part_a, part_b in zip(stacks, a.split(sizes), parts_b, strict=True)
     ]
     first = [sum(sizes[:m]) for m in range(len(sizes))]
-    width = max(stack.rows.shape[1] for stack in stacks)
+    width = max(stack.width for stack in stacks)
     experts = len(stacks[0].rows)
     rows = torch.zeros(len(stacks), experts, width, dtype=torch.long, device=a.device)
     real = torch.zeros(len(stacks), experts, width, dtype=a.dtype, device=a.device)
     for m, stack in enumerate(stacks):
-        rows[m, :, : stack.rows.shape[1]] = stack.rows + first[m]
-        real[m, :, : stack.rows.shape[1]] = stack.real
+        rows[m, :, : stack.width] = stack.rows + first[m]
+        real[m, :, : stack.width] = 1 if stack.real is None else stack.real
     joined = Together(
         tuple(modules),
         tuple(stacks),
