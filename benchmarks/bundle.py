@@ -1,9 +1,9 @@
 """What routers over the bundled experts are worth, on the test splits of the experts' tasks.
 
-    python benchmarks/bundle.py --data DATA [--workers 2] [--rows 200]
+    python benchmarks/bundle.py --data DATA [--workers 2] [--rows 100]
 
-`DATA` (or ADAPTLIB_DATA) holds tasks.tar.xz and tasks.json. Writes docs/results.json as it goes, so a
-run that was interrupted goes on, and then docs/results.md, whose second part this is.
+`DATA` (or ADAPTLIB_DATA) holds tasks.tar.xz, tasks.json and text/. Writes docs/results.json as it goes,
+so a run that was interrupted goes on, and then docs/results.md, whose second part this is.
 """
 
 import argparse
@@ -11,15 +11,18 @@ import json
 import os
 import tarfile
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bundle_thresholds import THRESHOLDS, measure_threshold
 from report import ROUTING, write_report
-from report_routing import TOP_K, K, bundle_digest
+from report_routers import TOP_K
+from report_routing import K, bundle_digest
 
+FORM = 2  # of docs/results.json: results of another form are not mixed in
 FAMILIES = {1: "element-sparse", 16: "block-sparse"}
 
 
@@ -32,66 +35,105 @@ def unpack(data: Path, where: Path) -> Path:
     return folder
 
 
-def measure_task(folder: Path, task_name: str, rows: int) -> dict[str, Any]:
-    """Exact match of base, own expert, uniform and Arrow on one task, and Arrow's first choices."""
-    import torch
+def measure_task(folder: Path, task_name: str, rows: int, before: dict[str, Any]) -> dict[str, Any]:
+    """Hits of every router on one task, with and without the task's own expert, and first choices;
+    what is there from before is not measured again."""
+    from bundle_routers import (
+        ASKED,
+        ASKED_TEXTS,
+        bench,
+        first_choices,
+        forms,
+        hits,
+        paraphrase,
+        routed_hits,
+        routers,
+        without,
+    )
 
-    torch.set_num_threads(1)
-    from adaptlib.clustering import mbc
-    from adaptlib.demo import experts
-    from adaptlib.evaluation import exact_match, label_accuracy
-    from adaptlib.experts.base import DEMO_BASE, load
-    from adaptlib.routing import Arrow, Named, Uniform, attach
+    from adaptlib.routing import Named
     from adaptlib.training import read_task
 
-    started = time.monotonic()
-    task = read_task(folder / f"{task_name}.jsonl")
-    model, tokenizer = load(DEMO_BASE)
-    all_experts = experts()
-    own = [name for name, expert in all_experts.items() if expert.card["task"] == task_name]
-    loras = {name: e for name, e in all_experts.items() if e.kind == "lora"}
-    result: dict[str, Any] = {"task": task_name, "category": task.category, "experts": {}}
+    at, task = bench(folder), read_task(folder / f"{task_name}.jsonl")
+    own = next(name for name, expert in at.loras.items() if expert.card["task"] == task_name)
+    found, held, first = (dict(before.get(part, {})) for part in ("hits", "held", "first"))
+    if "base" not in found:
+        alone = {own: at.loras[own]}
+        found["base"] = hits(at.model, at.tokenizer, task, rows)
+        found["oracle"] = routed_hits(at, alone, Named.fit(alone, expert=own), task, rows)
+    every = routers(folder)
+    for label, router in every.items():
+        if label not in found and not label.endswith("_bare"):
+            found[label] = routed_hits(at, at.loras, router, task, rows)
+    others = {name: expert for name, expert in at.loras.items() if name != own}
+    for label, make in without(folder, own).items():
+        if label not in held:
+            held[label] = routed_hits(at, others, make(), task, rows)
+    cluster = next(members for members in clusters(folder) if own in members)
+    for form, texts in forms(task, task.split("test")[:rows]).items():
+        there = first[form] = dict(first.get(form, {}))
+        if form != "trained":
+            texts = texts[: rows // 2]
+        for label in (*ASKED, *ASKED_TEXTS):
+            if label in there or (label == "random" and form != "trained"):
+                continue
+            chosen = first_choices(at.model, at.tokenizer, texts, at.loras, every[label])
+            there[label] = {
+                "own": "".join(str(int(name == own)) for name in chosen),
+                "cluster": sum(name in cluster for name in chosen) / len(chosen),
+                "most": max(sorted(set(chosen)), key=chosen.count),
+            }
+    return {
+        "task": task_name,
+        "category": task.category,
+        "own": own,
+        "experts": len(at.loras),
+        "chance_cluster": len(cluster) / len(at.loras),
+        "paraphrase": paraphrase(task),
+        "hits": found,
+        "held": held,
+        "first": first,
+    }
 
-    def score(on: Any) -> float:
-        return exact_match(on, tokenizer, task, limit=rows, batch_size=64).value
 
+@cache
+def clusters(folder: Path) -> list[tuple[str, ...]]:
+    from bundle_routers import bench
+
+    from adaptlib.clustering import mbc
+
+    loras = bench(folder).loras
+    return list(mbc(loras, k=min(K, len(loras))).values())
+
+
+def measure_unseen(
+    folder: Path, task_name: str, rows: int, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Hits on a task that no expert was trained on, with all LoRA experts there."""
+    from bundle_routers import UNSEEN, bench, first_choices, hits, routed_hits, routers
+
+    from adaptlib.training import read_task
+
+    at, task = bench(folder), read_task(folder / f"{task_name}.jsonl")
     test = [row.output.strip().casefold() for row in task.split("test")[:rows]]
-    result["n"] = len(test)
-    result["majority"] = max(map(test.count, test)) / len(test)
-    result["base"] = score(model)
-    # A base model that was never told the form of an answer cannot match one exactly, so for tasks
-    # with labels it is also asked which label it finds likeliest.
-    result["base_label"] = (
-        label_accuracy(model, tokenizer, task, limit=rows).value if task.labels else None
-    )
-    for name in own:
-        alone = {name: all_experts[name]}
-        with attach(model, alone, Named.fit(alone, expert=name)) as routed:
-            result["experts"][name] = score(routed)
-    mine = [name for name in own if name in loras]
-    if not mine:
-        return result | {"seconds": time.monotonic() - started}
-    result["own"] = mine[0]
-    routers = {
-        "uniform": Uniform.fit(loras),
-        "arrow": Arrow.fit(loras, top_k=TOP_K),
-        "arrow_top1": Arrow.fit(loras, top_k=1),
+    found, most = (dict(before.get(part, {})) for part in ("hits", "most"))
+    if "base" not in found:
+        found["base"] = hits(at.model, at.tokenizer, task, rows)
+    every = routers(folder)
+    for label in UNSEEN:
+        if label not in found:
+            found[label] = routed_hits(at, at.loras, every[label], task, rows)
+    texts = [task.prompt(row) for row in task.split("test")[:rows]]
+    for label in ("arrow_prompt1", "loraretriever"):
+        if label not in most:
+            chosen = first_choices(at.model, at.tokenizer, texts, at.loras, every[label])
+            most[label] = max(sorted(set(chosen)), key=chosen.count)
+    return {
+        "task": task_name,
+        "majority": max(map(test.count, test)) / len(test),
+        "hits": found,
+        "most": most,
     }
-    for label, router in routers.items():
-        with attach(model, loras, router) as routed:
-            result[label] = score(routed)
-    clusters = mbc(loras, k=min(K, len(loras)))
-    cluster = next(members for members in clusters.values() if mine[0] in members)
-    chosen = first_choices(model, tokenizer, task, loras, routers["arrow"], rows)
-    result |= {
-        "first_own": sum(name == mine[0] for name in chosen) / len(chosen),
-        "first_cluster": sum(name in cluster for name in chosen) / len(chosen),
-        "chance_own": 1 / len(loras),
-        "chance_cluster": len(cluster) / len(loras),
-        "most_chosen": max(sorted(set(chosen)), key=chosen.count),
-        "seconds": time.monotonic() - started,
-    }
-    return result
 
 
 def family(expert: Any) -> str:
@@ -99,11 +141,15 @@ def family(expert: Any) -> str:
     return FAMILIES[next(iter(expert.deltas.values())).block]
 
 
-def measure_sparse(folder: Path, own: str, rows: int) -> dict[str, Any]:
+def measure_sparse(folder: Path, own: str, rows: int, before: dict[str, Any]) -> dict[str, Any]:
     """The same for the sparse experts of one family among themselves, on the task of `own`."""
+    if before:
+        return before
     import torch
 
     torch.set_num_threads(1)
+    from bundle_routers import first_choices
+
     from adaptlib.demo import experts
     from adaptlib.evaluation import exact_match
     from adaptlib.experts.base import DEMO_BASE, load
@@ -130,61 +176,52 @@ def measure_sparse(folder: Path, own: str, rows: int) -> dict[str, Any]:
         with attach(model, sparse, router) as routed:
             score = exact_match(routed, tokenizer, task, limit=rows, batch_size=64)
             result[label] = score.value
-    result["first"] = first_choices(model, tokenizer, task, sparse, routers["arrow"], rows)
+    texts = [task.prompt(row) for row in task.split("test")[:rows]]
+    result["first"] = first_choices(model, tokenizer, texts, sparse, routers["arrow"])
     return result
-
-
-def first_choices(
-    model: Any, tokenizer: Any, task: Any, experts: Any, router: Any, rows: int
-) -> list[str]:
-    """For each prompt the expert with the most routing weight over its tokens and modules."""
-    import torch
-
-    from adaptlib.routing import attach
-
-    chosen = []
-    with attach(model, experts, router) as routed, torch.inference_mode():
-        for row in task.split("test")[:rows]:
-            ids = tokenizer(task.prompt(row), return_tensors="pt")
-            with routed.record() as trace:
-                routed(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
-            chosen.append(next(iter(trace.shares())))
-    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("ADAPTLIB_DATA"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=100)
     options = parser.parse_args()
     if options.data is None:
         raise SystemExit("say where the tasks are: --data DIR, or ADAPTLIB_DATA")
     from adaptlib.demo import experts
 
-    tasks = sorted({expert.card["task"] for expert in experts().values()})
-    done: dict[str, Any] = {"bundle": bundle_digest(), "rows": options.rows, "tasks": {}}
+    held, data = experts(), Path(options.data)
+    tasks = sorted({expert.card["task"] for expert in held.values() if expert.kind == "lora"})
+    sparse = sorted(name for name, expert in held.items() if expert.kind == "sparse")
+    listing = json.loads((data / "tasks.json").read_text())
+    unseen = sorted(task["name"] for task in listing if task["role"] == "held_out")
+    done: dict[str, Any] = {"bundle": bundle_digest(), "rows": options.rows, "form": FORM}
     if ROUTING.exists():
         before = json.loads(ROUTING.read_text())
-        if before["bundle"] == done["bundle"] and before["rows"] == options.rows:
+        if all(before.get(key) == done[key] for key in done):
             done = before
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = unpack(Path(options.data), Path(scratch))
-        todo = [task for task in tasks if task not in done["tasks"]]
-        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(measure_task, folder, task, options.rows) for task in todo]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool,
+    ):
+        folder = unpack(data, Path(scratch))
+        parts: list[tuple[str, Any, list[str]]] = [
+            ("tasks", measure_task, tasks),
+            ("unseen", measure_unseen, unseen),
+            ("thresholds", partial(measure_threshold, data=data), list(THRESHOLDS)),
+            ("sparse", measure_sparse, sparse),
+        ]
+        for part, measure, names in parts:
+            there = done.setdefault(part, {})
+            jobs = {
+                pool.submit(measure, folder, name, options.rows, there.get(name, {})): name
+                for name in names
+            }
             for job in as_completed(jobs):
-                result = job.result()
-                done["tasks"][result["task"]] = result
+                there[jobs[job]] = job.result()
                 ROUTING.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
-                print(f"{result['task']:45} {result['seconds']:6.1f} s", flush=True)
-            sparse = {name for name, e in experts().items() if e.kind == "sparse"}
-            todo = sorted(sparse - done.setdefault("sparse", {}).keys())
-            jobs = [pool.submit(measure_sparse, folder, own, options.rows) for own in todo]
-            for job in as_completed(jobs):
-                result = job.result()
-                done["sparse"][result["own"]] = result
-                ROUTING.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
+                print(f"{part:10} {jobs[job]}", flush=True)
     write_report()
 
 

@@ -4,11 +4,19 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from report_routers import (
+    Row,
+    choices_part,
+    each_part,
+    means_part,
+    outside_part,
+    thresholds_part,
+    verdict_part,
+)
+
 from adaptlib.demo import BUNDLE
 
-TOP_K = 4
 K = 10  # clusters
-Row = Mapping[str, Any]
 
 
 def bundle_digest() -> str:
@@ -21,7 +29,6 @@ def bundle_digest() -> str:
 
 def routing_part(done: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown from docs/results.json."""
-    routed = sorted((r for r in done["tasks"].values() if "own" in r), key=lambda r: r["task"])
     lines = [
         "## Routing on the bundle",
         "",
@@ -31,65 +38,25 @@ def routing_part(done: Mapping[str, Any]) -> list[str]:
     ]
     if done["bundle"] != bundle_digest():
         lines += ["These numbers are of **an earlier bundle** than the one that is there now.", ""]
-    return [
-        *lines,
-        *_routers(routed),
-        *_choices(routed),
-        *_sparse(sorted(done["sparse"].values(), key=lambda row: row["task"])),
-    ]
+    rows, unseen = _sorted(done["tasks"]), _sorted(done.get("unseen", {}))
+    thresholds = done.get("thresholds", {})
+    if rows and unseen and thresholds:
+        lines += verdict_part(rows, unseen, thresholds)
+    if rows:
+        lines += [*means_part(rows), *each_part(rows), *choices_part(rows)]
+    if rows and unseen:
+        lines += outside_part(rows, unseen)
+    if thresholds:
+        lines += thresholds_part(thresholds)
+    return [*lines, *_sparse(_sorted(done.get("sparse", {})))]
+
+
+def _sorted(found: Mapping[str, Row]) -> list[Row]:
+    return sorted(found.values(), key=lambda row: row["task"])
 
 
 def _mean(rows: Sequence[Row], pick: Callable[[Row], float]) -> float:
     return sum(pick(row) for row in rows) / len(rows)
-
-
-def _routers(routed: Sequence[Row]) -> list[str]:
-    picks: list[Callable[[Row], float]] = [
-        lambda row: row["base"],
-        lambda row: row["uniform"],
-        lambda row: row["arrow"],
-        lambda row: row["arrow_top1"],
-        lambda row: row["experts"][row["own"]],
-    ]
-    means = " | ".join(f"{_mean(routed, pick):.3f}" for pick in picks)
-    return [
-        "### Routers over all LoRA experts at once",
-        "",
-        f"The {round(1 / routed[0]['chance_own'])} LoRA experts together; nobody says which task a prompt is",
-        f"from. Oracle is the task's own expert alone. Arrow mixes {TOP_K} experts a token and module,",
-        "Arrow-1 one.",
-        "",
-        "| task | base | uniform | Arrow | Arrow-1 | oracle |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| {row['task']} | {' | '.join(f'{pick(row):.3f}' for pick in picks)} |"
-            for row in routed
-        ),
-        f"| **mean** | {means} |",
-        "",
-    ]
-
-
-def _choices(routed: Sequence[Row]) -> list[str]:
-    keys = ("first_own", "chance_own", "first_cluster", "chance_cluster")
-    means = " | ".join(f"{_mean(routed, lambda row, key=key: row[key]):.1%}" for key in keys)
-    return [
-        "### Does Arrow find the expert of the task?",
-        "",
-        "Arrow's first choice for a prompt is the expert with the most routing weight over its tokens",
-        f"and modules (top {TOP_K}). *Own*: it is the expert trained on that task. *Cluster*: it is in",
-        f"the same MBC cluster (k = {K}). Beside each, what choosing blindly would give.",
-        "",
-        "| task | own | chance | cluster | chance | most often chosen |",
-        "|---|---:|---:|---:|---:|---|",
-        *(
-            f"| {row['task']} | {' | '.join(f'{row[key]:.1%}' for key in keys)} | "
-            f"{row['most_chosen']} |"
-            for row in routed
-        ),
-        f"| **mean** | {means} | |",
-        "",
-    ]
 
 
 def _sparse(rows: Sequence[Row]) -> list[str]:
