@@ -45,6 +45,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/prototypes.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/train_library.py
+	$(BIN)/python benchmarks/routing.py
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

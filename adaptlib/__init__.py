@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from adaptlib.experts import SparseDelta as SparseDelta
     from adaptlib.experts import read_peft as read_peft
     from adaptlib.experts import write_peft as write_peft
+    from adaptlib.experts.prototypes import catalogue as catalogue
+    from adaptlib.experts.shelf import Shelf as Shelf
     from adaptlib.routing import LAG as LAG
     from adaptlib.routing import LORAUTER as LORAUTER
     from adaptlib.routing import ROUTERS as ROUTERS
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from adaptlib.routing import load_router as load_router
     from adaptlib.routing import save_router as save_router
     from adaptlib.routing import subtract as subtract
+    from adaptlib.routing.shortlist import shortlist as shortlist
     from adaptlib.training import train as train
 
 __version__ = "0.1.0"
@@ -50,16 +53,19 @@ _HOME = {
     "Named": "adaptlib.routing",
     "ROUTERS": "adaptlib.routing",
     "Random": "adaptlib.routing",
+    "Shelf": "adaptlib.experts.shelf",
     "SparseDelta": "adaptlib.experts",
     "SpectR": "adaptlib.routing",
     "TaskPredictor": "adaptlib.routing",
     "Uniform": "adaptlib.routing",
     "attach": "adaptlib.routing",
     "calibrate": "adaptlib.routing",
+    "catalogue": "adaptlib.experts.prototypes",
     "load_router": "adaptlib.routing",
     "mbc": "adaptlib.clustering",
     "read_peft": "adaptlib.experts",
     "save_router": "adaptlib.routing",
+    "shortlist": "adaptlib.routing.shortlist",
     "subtract": "adaptlib.routing",
     "train": "adaptlib.training",
     "write_peft": "adaptlib.experts",

@@ -29,10 +29,12 @@ def gc(
 ) -> None:
     """Move what no name leads to into the trash, where it stays for 7 days.
 
-    Checkpoints of training runs that nobody went on with for 7 days are deleted.
+    Checkpoints of training runs that nobody went on with for 7 days are deleted, and prototypes of
+    experts without a name.
     """
     from adaptlib.experts.derived import forget_runs
     from adaptlib.experts.library import Library
+    from adaptlib.experts.segments import forget_prototypes
 
     opened = Library.open(library)
     if restore is not None:
@@ -44,7 +46,11 @@ def gc(
         return
     result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
     removed = [str(digest) for digest in result.removed]
-    runs, run_bytes = forget_runs(opened.path, dry_run=dry_run) if opened.path else (0, 0)
+    runs = run_bytes = rows = row_bytes = 0
+    if opened.path:
+        runs, run_bytes = forget_runs(opened.path, dry_run=dry_run)
+        alive = opened.tags().values()
+        rows, row_bytes = forget_prototypes(opened.path, alive, dry_run=dry_run)
     if json:
         out.document(
             "gc",
@@ -52,6 +58,7 @@ def gc(
             removed=removed,
             bytes=result.bytes,
             training_runs=runs,
+            prototypes=rows,
             dry_run=dry_run,
         )
     elif not quiet:
@@ -60,6 +67,9 @@ def gc(
         if runs:
             what = out.count(runs, "unfinished training run")
             out.line(f"{verb}  {what}, {out.size(run_bytes)}")
+        if rows:
+            what = out.count(rows, "expert") + "' prototypes"
+            out.line(f"{verb}  {what}, {out.size(row_bytes)}")
         if removed and not dry_run:
             out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
 

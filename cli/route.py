@@ -22,6 +22,7 @@ EXAMPLES = (
     'adaptlib route --prompt "2 + 2" --compare arrow,uniform,named:sums --generate',
     'adaptlib route --prompt "2 + 2" --html why.html',
     'adaptlib route --prompt "2 + 2" --scope prompt --save mine',
+    'adaptlib route --prompt "2 + 2" --shortlist 32',
 )
 
 
@@ -38,6 +39,7 @@ def route(
     calibrate: flags.Calibrate = None,
     samples: flags.Samples = None,
     experts: flags.Experts = None,
+    shortlist: flags.Shortlist = None,
     only_base: flags.OnlyBase = None,
     model: flags.Model = None,
     generate: flags.Generate = False,
@@ -60,7 +62,8 @@ def route(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='adaptlib route --prompt "some text"')
-    for option, count in (("--top-k", top_k), ("--max-new-tokens", max_new_tokens)):
+    counts = {"--top-k": top_k, "--max-new-tokens": max_new_tokens, "--shortlist": shortlist}
+    for option, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 4")
     if mix not in ("outputs", "factors"):
@@ -85,22 +88,32 @@ def route(
     from . import route_pool as given_by
     from .route_run import calibrated, check, encode, fit, kept
 
-    held = given_by.saved(opened, routers, words(experts))
+    held = given_by.saved(opened, routers, words(experts), shortlist)
     if held is None:
         chosen = select(opened, given_by.pool(opened, routers, words(experts)), only_base)
-        loaded = {name: opened[name] for name in chosen}
+        for one in routers:
+            check(one, given | {"samples": samples})
     else:
-        loaded, chosen = dict(held[1]), held[2]
+        chosen = held[2]
     base_id, revision = one_base(opened, chosen)
-    if samples is not None:
-        given["samples"] = given_by.samples(samples, loaded)
     known = given_by.prompts(calibrate) if calibrate is not None else []
-    for one in routers if held is None else []:
-        check(one, given)
 
     from adaptlib.experts import base as bases
 
     base, tokenizer = bases.load(model or base_id, revision=None if model else revision)
+    if instruction is not None:
+        from adaptlib.training import prompt as in_form
+
+        text = in_form(instruction, text)
+    ids = encode(tokenizer, text, base)
+    found: dict[str, float] = {}
+    if shortlist is not None:
+        found = given_by.shortlisted(opened, chosen, base, ids, shortlist, top_k or 4)
+        named = [one.partition(":")[2] for one in routers if ":" in one]
+        chosen = list(dict.fromkeys([*named, *found]))
+    loaded = dict(held[1]) if held else {name: opened[name] for name in chosen}
+    if samples is not None:
+        given["samples"] = given_by.samples(samples, loaded)
     if held is None:
         fitted = [fit(one, loaded, given, base, tokenizer) for one in routers]
     else:
@@ -116,12 +129,8 @@ def route(
     if not json:
         for note in notes:
             out.note(f"Note: {note}")
-    if instruction is not None:
-        from adaptlib.training import prompt as in_form
-
-        text = in_form(instruction, text)
     fields = _ask(
-        (base, tokenizer, encode(tokenizer, text, base)),
+        (base, tokenizer, ids),
         loaded,
         fitted,
         prompt=text,
@@ -133,6 +142,8 @@ def route(
         silent=json,
         quiet=quiet,
     )
+    if found:
+        fields["shortlist"] = [{"name": n, "weight": weight} for n, weight in found.items()]
     if json:
         out.document("route", **fields | {"notes": notes})
 

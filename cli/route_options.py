@@ -54,6 +54,13 @@ Save = Annotated[
     str | None, typer.Option(metavar="NAME", help="Keep the router, for --router saved:NAME.")
 ]
 Experts = Annotated[list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")]
+Shortlist = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Load only the N experts that Arrow would give most weight: for thousands.",
+    ),
+]
 OnlyBase = Annotated[
     str | None, typer.Option("--base", metavar="ID", help="Only experts of this base model.")
 ]

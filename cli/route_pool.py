@@ -1,8 +1,10 @@
 """What a routing is given: the experts to choose among, saved routers, samples and prompts."""
 
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptlib.experts import Expert, Library
@@ -29,7 +31,7 @@ def pool(library: "Library", routers: list[str], experts: list[str]) -> list[str
 
 
 def saved(
-    library: "Library", routers: list[str], experts: list[str]
+    library: "Library", routers: list[str], experts: list[str], shortlist: int | None
 ) -> "tuple[Router, Mapping[str, Expert], list[str]] | None":
     """The router that `saved:NAME` asks for, its experts and their digests; None where no router is
     saved."""
@@ -45,11 +47,33 @@ def saved(
             "a saved router knows its own experts, so it is asked alone",
             hint=f"--router {names[0]}",
         )
-    if experts:
-        raise UsageError(f"{names[0]} knows its own experts", hint="leave out --experts")
+    if experts or shortlist is not None:
+        option = "--experts" if experts else "--shortlist"
+        raise UsageError(f"{names[0]} knows its own experts", hint=f"leave out {option}")
     name = names[0].partition(":")[2]
     router, held = load_router(library, name)
     return router, held, list(load_record(library.store, "routers", name)["experts"].values())
+
+
+def shortlisted(
+    library: "Library", names: list[str], base: Any, ids: Any, size: int, top_k: int
+) -> dict[str, float]:
+    """The `size` of `names` to which Arrow would give most weight, with their shares of it."""
+    from adaptlib.experts.prototypes import catalogue
+    from adaptlib.routing.shortlist import shortlist
+
+    last = 0.0
+
+    def progress(done: int, count: int) -> None:
+        nonlocal last
+        if sys.stderr.isatty() and (done == count or time.monotonic() - last > 0.2):
+            last = time.monotonic()
+            end = "\n" if done == count else "\r"
+            sys.stderr.write(f"Prototypes  {done:,} of {count:,}{end}")
+            sys.stderr.flush()
+
+    known = catalogue(library, names, progress=progress)
+    return shortlist(known, base, ids, size=size, top_k=top_k)
 
 
 def samples(folder: Path, experts: "Mapping[str, Expert]") -> dict[str, list[str]]:

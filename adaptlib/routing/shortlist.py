@@ -11,11 +11,11 @@ One pass of the base alone, and two stages on what each module saw of the prompt
    per module the tokens become DIRECTIONS directions of SIZE numbers. That is 2 · experts ·
    modules · SIZE · DIRECTIONS operations and 4 · experts · modules · SIZE bytes, however long the
    prompt. For 10,000 experts with 42 modules: 0.2 Gflop, 215 MB.
-2. `weigh` gives the best CANDIDATES of these exactly what Arrow gives them: 2 · tokens ·
-   candidates · W operations and 4 · candidates · W bytes, W the sum of the modules' d_in. For 64
-   tokens, 256 candidates, W of 26,688: 0.9 Gflop, 27 MB.
+2. `weigh` gives the best CANDIDATES of these exactly what Arrow gives where there are no others:
+   2 · tokens · candidates · W operations and 4 · candidates · W bytes, W the sum of the modules'
+   d_in. For 48 tokens, 256 candidates, W of 26,688: 0.7 Gflop, 27 MB.
 
-An expert that is in no candidate set can only be missed, never given a wrong weight.
+The pass itself is 5.4 Gflop there. What this costs and misses: benchmarks/synthetic.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ from adaptlib.experts.prototypes import Catalogue, Pack, sketch
 from adaptlib.routing.arrow import Arrow
 from adaptlib.routing.router import Mix, Scope
 
-TOKENS = 64  # of each prompt that are looked at, evenly spread
-DIRECTIONS = 2  # for stage 1; of 1 to 16, none was better (see docs/log.md)
+TOKENS = 48  # of each prompt that are looked at, evenly spread
+DIRECTIONS = 2  # of the prompt at a module, for stage 1; up to 8 found nothing more
 CANDIDATES = 256  # for stage 2, or four times the shortlist where that is more
 CHUNK = 1 << 22  # scores that stage 2 holds at once
 
@@ -201,7 +201,7 @@ class _Look:
             flat = x.detach().reshape(-1, x.shape[-1])
             # A module that sees fewer tokens, such as a head that is given the last, sees real ones
             rows = watch.picked if len(flat) == watch.tokens else _spread(len(flat))
-            watch.last = (x, flat[rows.to(flat.device)].float().cpu())
+            watch.last = (x, flat.index_select(0, rows.to(flat.device)).float().cpu())
         watch.seen.setdefault(self.name, []).append(watch.last[1])
 
 
@@ -219,13 +219,12 @@ def estimate(
     """
     axes = _axes(seen)
     energies = [_energies(pack, axes) for pack in packs]
-    moments: dict[str, list[float]] = {}
+    moments: dict[str, tuple[float, float, float]] = {}  # count, Σ e, Σ e²
     for pack, energy in zip(packs, energies, strict=True):
-        variance, mean = torch.var_mean(energy, dim=1, correction=0)
-        n = energy.shape[1]
-        for module, v, m in zip(pack.shapes, variance.tolist(), mean.tolist(), strict=True):
-            one = moments.setdefault(module, [0.0, 0.0, 0.0])
-            moments[module] = [one[0] + n, one[1] + n * m, one[2] + n * (v + m * m)]
+        totals, squares = energy.sum(1).tolist(), energy.square().sum(1).tolist()
+        for module, total, square in zip(pack.shapes, totals, squares, strict=True):
+            n, t, s = moments.get(module, (0.0, 0.0, 0.0))
+            moments[module] = (n + energy.shape[1], t + total, s + square)
     result = []
     for pack, energy in zip(packs, energies, strict=True):
         scale, shift = [], 0.0
@@ -233,7 +232,8 @@ def estimate(
             n, total, squares = moments[module]
             mean = total / n
             deviation = max(squares / n - mean * mean, 0.0) ** 0.5
-            scale.append(1 / deviation if deviation > 1e-6 * mean else 0.0)
+            # below a thousandth of the mean it may be rounding alone
+            scale.append(1 / deviation if deviation > 1e-3 * mean else 0.0)
             shift += mean * scale[-1]
         result.append(torch.tensor(scale) @ energy - shift)
     return result
@@ -246,7 +246,10 @@ def _energies(
     none = {m: torch.zeros(DIRECTIONS, d_in) for m, (_, d_in) in pack.shapes.items()}
     rows = torch.cat([axes.get(module, none[module]) for module in pack.shapes], dim=1)
     small = sketch(pack.shapes, rows).mT
-    return torch.cat([torch.bmm(part, small).square_().sum(2) for part in pack.sketches], dim=1)
+    parts = [torch.bmm(part, small) for part in pack.sketches]
+    # summing so few by an axis of the tensor would take twice as long
+    sums = [sum((e[:, :, j].square() for j in range(DIRECTIONS)), e.new_zeros(())) for e in parts]
+    return torch.cat(sums, dim=1)
 
 
 def _axes(
@@ -254,22 +257,21 @@ def _axes(
 ) -> dict[str, Float[Tensor, "axis d_in"]]:
     """For each module DIRECTIONS axes a_j with Σ_j a_j a_jᵀ about Σ_t x_t x_tᵀ, the x_t of length
     1: the largest directions, by one step of subspace iteration from a fixed start and Nyström's
-    formula (Halko et al. 2011, arXiv:0909.4061, sections 4.5 and 5.4). Inputs of one shape are
-    done together."""
+    formula (Halko et al. 2011, arXiv:0909.4061, sections 4.5 and 5.4), all of it in the space of
+    the tokens, which are fewer. Inputs of one shape are done together."""
     alike: dict[tuple[int, ...], dict[int, Tensor]] = {}
     for x in seen.values():
         alike.setdefault(tuple(x.shape), {})[id(x)] = x
     found: dict[int, Tensor] = {}
-    for inputs in alike.values():
+    for (tok, _), inputs in alike.items():
         x = normalize(torch.stack(list(inputs.values())), dim=2)
-        generator = torch.Generator().manual_seed(0)
-        w = torch.randn(x.shape[2], DIRECTIONS, generator=generator)
-        w = normalize(x.mT @ (x @ w), dim=1)
-        z = x @ w
-        values, vectors = torch.linalg.eigh(z.mT @ z)
-        enough = values > 1e-6 * values[:, -1:].clamp_min(1e-12)
+        gram = x @ x.mT
+        start = torch.randn(tok, DIRECTIONS, generator=torch.Generator().manual_seed(0))
+        y = gram @ normalize(gram @ start, dim=1)
+        values, vectors = torch.linalg.eigh(y.mT @ y)
+        enough = values > 1e-6 * values[:, -1:]  # fewer where the tokens have fewer
         root = torch.where(enough, values.clamp_min(1e-30).rsqrt(), 0.0)
-        axes = ((x.mT @ z) @ (vectors * root[:, None, :])).mT
+        axes = (y @ (vectors * root[:, None, :])).mT @ x
         found |= dict(zip(inputs, axes, strict=True))
     return {module: found[id(x)] for module, x in seen.items()}
 
@@ -310,11 +312,12 @@ def weigh(
         step = max(1, CHUNK // (tok * len(owners)))
         for i in range(0, len(modules), step):
             part = modules[i : i + step]
-            scores = torch.empty(len(part), tok, len(owners))
-            for row, module in zip(scores, part, strict=True):
+            scores = torch.empty(len(part), len(owners), tok)
+            for out, module in zip(scores, part, strict=True):
                 rows = [columns[p][module] for p in here]
-                torch.mm(seen[module], (rows[0] if len(rows) == 1 else torch.cat(rows)).T, out=row)
-            top, place = scores.abs_().topk(min(top_k, len(owners)), dim=2)
-            shares = (top / temperature).softmax(2).double()
+                table = rows[0] if len(rows) == 1 else torch.cat(rows)
+                torch.mm(table, seen[module].T, out=out)
+            top, place = scores.abs_().topk(min(top_k, len(owners)), dim=1)
+            shares = (top / temperature).softmax(1).double()
             weight.index_add_(0, owners[place.flatten()], shares.flatten())
     return (weight / weight.sum().clamp_min(1e-12)).float()

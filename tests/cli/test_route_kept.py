@@ -137,3 +137,30 @@ def test_samples_say_what_an_expert_is_for(run: Any, with_tasks: Path) -> None:
         failed = run(*PROMPT, "--router", "tp", "--samples", folder)
         assert failed.code == code
         assert said in failed.err
+
+
+def test_a_shortlist_is_routed_among(run: Any, routed_library: Library) -> None:
+    whole = run(*PROMPT, "--top-k", "2", "--json").document
+    every = run(*PROMPT, "--top-k", "2", "--shortlist", "9", "--json").document
+    assert every["experts"] == whole["experts"]
+    listed = {entry["name"]: entry["weight"] for entry in every["shortlist"]}
+    assert list(listed) == sorted(listed, key=lambda name: -listed[name])
+    assert sum(listed.values()) == pytest.approx(1)
+    few = run(*PROMPT, "--top-k", "2", "--shortlist", "2", "--json").document
+    assert {entry["name"] for entry in few["shortlist"]} == set(list(listed)[:2])
+    assert set(shares(few)) == set(list(listed)[:2])
+    assert routed_library.path is not None
+    assert list((routed_library.path / "derived" / "prototypes").rglob("*.safetensors"))
+    last = list(listed)[-1]
+    both = run(*PROMPT, "--shortlist", "1", "--compare", f"arrow,named:{last}", "--json").document
+    assert both["compare"][1]["experts"] == [{"name": last, "weight": 1.0}]
+    for words, said in (
+        (("--shortlist", "0"), "--shortlist is 1 or more; got 0"),
+        (("--shortlist", "2", "--router", "saved:x"), "leave out --shortlist"),
+    ):
+        failed = run(*PROMPT, *words)
+        assert failed.code == 2
+        assert said in failed.err
+    run("rm", *listed)
+    done = run("gc", "--grace", "0", "--allow-empty", "--json").document
+    assert done["prototypes"] == 5

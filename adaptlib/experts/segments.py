@@ -1,0 +1,312 @@
+"""Segments: what was computed for some experts of one signature, in a file that never changes.
+
+    derived/prototypes/<recipe>-<key>/<rows>.safetensors
+
+    signature    (bytes,)          U8    JSON, the shape of each module: {name: [d_out, d_in], ...}
+    digests      (n, 32)           U8    of the experts' manifests
+    fingerprints (n, 32)           U8    of their updates, see `Expert.fingerprint`
+    prototypes   (n, W)            F32   module after module in that order, W the sum of their d_in
+    sketches     (module, n, SIZE) F32   each module's prototypes in SIZE dimensions
+
+`key` is a hash of the signature and `rows` one of the digests. A row depends on its expert and the
+recipe alone, so it cannot go stale. A file is written beside its place, flushed and renamed; one
+that is broken is as if it were not there. Two processes that write at once waste work and nothing
+else: a digest that is in two files is in one when they are merged.
+
+They are merged as in a log-structured store: each is larger than all smaller ones together, and one
+that stops being so is merged with them. So n experts that come one by one are in log2(n) + 1 files
+at most, and each is copied log2(n) times at most. Files of FULL bytes or more are left alone and
+merged ones are not above twice that, so neither building nor merging needs much memory.
+
+No torch: `gc` must not wait for it.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+
+from adaptlib.errors import AdaptlibError, CorruptError, NotFoundError
+from adaptlib.experts.tensors import RawTensor, encode, map_file, parse_json, read_tensors
+
+RECIPE = "1"  # what a row holds; another recipe has other folders
+SIZE = 128  # dimensions of a sketch
+FULL = 128 * 1024 * 1024  # bytes
+DAY = 24 * 60 * 60  # seconds
+
+Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by module, sorted
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """`digests` and `fingerprints` (n, 32), `prototypes` (n, W) and `sketches` (module, n, SIZE);
+    mapped from `path` where there is one."""
+
+    digests: np.ndarray
+    fingerprints: np.ndarray
+    prototypes: np.ndarray
+    sketches: np.ndarray
+    path: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        digests: Iterable[str],
+        fingerprints: Iterable[str],
+        prototypes: np.ndarray,
+        sketches: np.ndarray,
+    ) -> "Segment":
+        """A segment in memory, of digests and fingerprints as text."""
+        hashes = [digest.removeprefix("sha256:") for digest in digests]
+        return cls(_table(hashes), _table(fingerprints), prototypes, sketches)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, part).nbytes for part in _PARTS)
+
+    def names(self) -> list[str]:
+        """The digests as text."""
+        return [f"sha256:{digest}" for digest in _texts(self.digests)]
+
+    def prints(self) -> list[str]:
+        """The fingerprints as text."""
+        return _texts(self.fingerprints)
+
+
+def _table(hashes: Iterable[str]) -> np.ndarray:
+    rows = b"".join(bytes.fromhex(text) for text in hashes)
+    return np.frombuffer(rows, dtype=np.uint8).reshape(-1, 32)
+
+
+def _texts(table: np.ndarray) -> list[str]:
+    text = table.tobytes().hex()
+    return [text[i : i + 64] for i in range(0, len(text), 64)]
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_segments(root: Path) -> list[tuple[Shapes, list[Segment]]]:
+    """All segments of this recipe below `root`, those of one signature together. What is broken is
+    left out."""
+    found: list[tuple[Shapes, list[Segment]]] = []
+    for folder in sorted(root.glob(f"{RECIPE}-*")):
+        shapes, segments = _read_folder(folder)
+        if segments:
+            found.append((shapes, segments))
+    return found
+
+
+def _read_folder(folder: Path) -> tuple[Shapes, list[Segment]]:
+    shapes: Shapes = {}
+    segments: list[Segment] = []
+    for _ in range(3):
+        segments, gone = [], False
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                shapes, segment = _read(path)
+                segments.append(segment)
+            except NotFoundError:  # another process has just merged it: what it made is there now
+                gone = True
+            except (AdaptlibError, OSError):
+                pass
+        if not gone:
+            break
+    return shapes, segments
+
+
+def _read(path: Path) -> tuple[Shapes, Segment]:
+    tensors = read_tensors(str(path), map_file(path))
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if found.keys() != {"signature", *_PARTS}:
+        raise CorruptError(f"{path} is no segment: it has the tensors {', '.join(found)[:200]}")
+    signature = tensors["signature"].numpy().tobytes()
+    shapes = _parse(path, signature)
+    n, width = found["digests"][1][:1], sum(d_in for _, d_in in shapes.values())
+    wanted = {
+        "signature": ("U8", (len(signature),)),
+        "digests": ("U8", (*n, 32)),
+        "fingerprints": ("U8", (*n, 32)),
+        "prototypes": ("F32", (*n, width)),
+        "sketches": ("F32", (len(shapes), *n, SIZE)),
+    }
+    if found != wanted or n == (0,):
+        raise CorruptError(f"{path} is no segment: its tensors do not fit its signature")
+    segment = Segment(*(tensors[part].numpy() for part in _PARTS), path=path)
+    if (path.parent.name, path.name) != (_folder_name(signature), _file_name(segment)):
+        raise CorruptError(f"{path} does not hold what its name says")
+    return shapes, segment
+
+
+_PARTS = {"digests": "U8", "fingerprints": "U8", "prototypes": "F32", "sketches": "F32"}
+
+
+def _parse(path: Path, signature: bytes) -> Shapes:
+    said = parse_json(str(path), signature)
+    try:
+        return {module: (int(d_out), int(d_in)) for module, (d_out, d_in) in said.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise CorruptError(f"{path} has a signature that is none: {signature[:80]!r}") from None
+
+
+def _signature(shapes: Shapes) -> bytes:
+    return json.dumps(dict(sorted(shapes.items())), separators=(",", ":")).encode()
+
+
+def _folder_name(signature: bytes) -> str:
+    return f"{RECIPE}-{hashlib.sha256(signature).hexdigest()[:32]}"
+
+
+def _file_name(segment: Segment) -> str:
+    """By what is in it, so that two processes that made the same rows write one file."""
+    rows = "".join(sorted(segment.names()))
+    return f"{hashlib.sha256(rows.encode()).hexdigest()[:32]}.safetensors"
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def write_segment(root: Path, shapes: Shapes, segment: Segment) -> Segment:
+    """Put a segment in its place and map it. Where it cannot be written it stays in memory: a
+    library may be for reading only, or its disk full."""
+    signature = _signature(shapes)
+    path = root / _folder_name(signature) / _file_name(segment)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{time.time_ns()}.partial")
+    tensors = {"signature": RawTensor("U8", (len(signature),), memoryview(signature))}
+    for part, dtype in _PARTS.items():
+        array = np.ascontiguousarray(getattr(segment, part))
+        tensors[part] = RawTensor(dtype, array.shape, array.reshape(-1).data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as file:
+                file.writelines(encode(tensors))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return _read(path)[1]
+    except (OSError, NotFoundError):  # the second where gc has just removed it
+        return segment
+
+
+def compact(
+    root: Path,
+    shapes: Shapes,
+    segments: Sequence[Segment],
+    kept: Callable[[], Collection[str]],
+) -> list[Segment]:
+    """Merge segments of one signature until each is larger than all smaller ones together. The
+    merged one has each digest once, and of these only those in `kept`, which is asked where
+    something is merged: to know it, a library reads every ref."""
+    held = list(segments)
+    while True:
+        small = sorted((s for s in held if s.path and s.nbytes < FULL), key=len)
+        victims = small[: merged([len(segment) for segment in small])]
+        while sum(victim.nbytes for victim in victims) > 2 * FULL:
+            victims.pop()
+        if not victims:
+            return held
+        whole = _join(victims, set(kept()))
+        others = [segment for segment in held if segment not in victims]
+        if len(whole):
+            whole = write_segment(root, shapes, whole)
+            if whole.path is None:  # it could not be written, so what it was made from stays
+                return held
+            others.append(whole)
+        for path in {victim.path for victim in victims} - {whole.path}:
+            _remove(path)
+        held = others
+
+
+def merged(sizes: Sequence[int]) -> int:
+    """How many of the segments with these `sizes`, which rise, are to be merged: all up to the
+    last that is not larger than the smaller ones together."""
+    count = total = 0
+    for i, size in enumerate(sizes):
+        if i and size <= total:
+            count = i + 1
+        total += size
+    return count
+
+
+def _join(segments: Sequence[Segment], kept: Collection[str]) -> Segment:
+    """One segment, in memory, of the rows whose digests are in `kept`, each once."""
+    seen: set[str] = set()
+    rows: list[list[int]] = []
+    for segment in segments:
+        names = segment.names()
+        rows.append([i for i, name in enumerate(names) if name in kept and name not in seen])
+        seen |= {names[i] for i in rows[-1]}
+    first, n = segments[0], len(seen)
+    digests, prints = np.empty((2, n, 32), np.uint8)
+    prototypes = np.empty((n, first.prototypes.shape[1]), np.float32)
+    sketches = np.empty((len(first.sketches), n, SIZE), np.float32)
+    begin = 0
+    for segment, index in zip(segments, rows, strict=True):
+        end = begin + len(index)
+        digests[begin:end] = segment.digests[index]
+        prints[begin:end] = segment.fingerprints[index]
+        np.take(segment.prototypes, index, axis=0, out=prototypes[begin:end], mode="clip")
+        for i, part in enumerate(segment.sketches):
+            np.take(part, index, axis=0, out=sketches[i, begin:end], mode="clip")
+        begin = end
+    return Segment(digests, prints, prototypes, sketches)
+
+
+# -- upkeep ---------------------------------------------------------------------------------------
+
+
+def forget_prototypes(
+    library: Path, kept: Collection[str], *, dry_run: bool = False
+) -> tuple[int, int]:
+    """Give back what the prototypes of experts that are not in `kept` take, digests as text;
+    (rows, bytes). A file is written again without them once they are half of it or more. Broken
+    files, other recipes' and writes that were left unfinished a day ago go too."""
+    root, keep = library / "derived" / "prototypes", set(kept)
+    count = size = 0
+    for path in sorted(root.glob("*/*")):
+        try:
+            state = path.stat()
+            if path.suffix == ".partial" and time.time() - state.st_mtime < DAY:
+                continue
+            shapes, segment = _read(path)
+        except NotFoundError:  # merged just now
+            continue
+        except AdaptlibError:
+            size += path.stat().st_size
+            if not dry_run:
+                _remove(path)
+            continue
+        except OSError:
+            continue
+        n, alive = len(segment), sum(name in keep for name in segment.names())
+        if 2 * alive > n:
+            continue
+        count += n - alive
+        size += segment.nbytes * (n - alive) // n
+        if dry_run or (alive and not write_segment(root, shapes, _join([segment], keep)).path):
+            continue
+        _remove(path)
+    for folder in root.glob("*"):
+        with suppress(OSError):  # which says that something is in it
+            folder.rmdir()
+    return count, size
+
+
+def _remove(path: Path | None) -> None:
+    with suppress(OSError):
+        if path is not None:
+            path.unlink(missing_ok=True)
