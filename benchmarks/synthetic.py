@@ -318,7 +318,7 @@ def serve(path: Path, *, repeats: int = 15) -> dict[str, float]:
         spread[len(spread) // 10],
         spread[-len(spread) // 10],
     )
-    return result | {"opened": opened, "first": first, "peak_mb": _peak_mb(), "experts": len(held)}
+    return result | {"opened": opened, "first": first, "experts": len(held)} | _memory()
 
 
 def _ms(work: Callable[[], Any]) -> float:
@@ -327,13 +327,17 @@ def _ms(work: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def _peak_mb() -> float:
-    """Of this process alone: what getrusage tells has the parent's in it."""
+def _memory() -> dict[str, float]:
+    """In MB: the peak of this process alone (what getrusage tells has the parent's in it), and
+    what of the present is mapped files, which the system takes back when it needs to."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if not status.is_file():
+        return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return {
+        key: int(lines[field].split()[0]) / 1024
+        for key, field in (("peak_mb", "VmHWM"), ("own_mb", "RssAnon"), ("mapped_mb", "RssFile"))
+    }
 
 
 def measure(
@@ -370,7 +374,9 @@ def report(found: dict[str, Any]) -> Iterator[str]:
         f"{index['ms_each_rank_8']:.1f} ms an expert); one more expert {1000 * index['update_s']:.0f} ms"
     )
     yield (
-        f"opened in {times['opened']:.0f} ms; first shortlist {times['first']:.0f} ms; peak memory {times['peak_mb']:,.0f} MB"
+        f"opened in {times['opened']:.0f} ms; first shortlist {times['first']:.0f} ms; peak memory "
+        f"{times['peak_mb']:,.0f} MB (at the end {times.get('own_mb', 0):,.0f} MB of its own and "
+        f"{times.get('mapped_mb', 0):,.0f} MB of mapped files)"
     )
     yield (
         f"base's pass over {TOKENS} tokens {times['prefill']:.1f} ms (10th to 90th percentile "

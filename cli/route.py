@@ -108,7 +108,7 @@ def route(
     ids = encode(tokenizer, text, base)
     found: dict[str, float] = {}
     if shortlist is not None:
-        found = given_by.shortlisted(opened, chosen, base, ids, shortlist, top_k or 4)
+        found = given_by.shortlisted(opened, chosen, base, ids, shortlist, top_k, temperature)
         named = [one.partition(":")[2] for one in routers if ":" in one]
         chosen = list(dict.fromkeys([*named, *found]))
     loaded = dict(held[1]) if held else {name: opened[name] for name in chosen}

@@ -56,7 +56,13 @@ def saved(
 
 
 def shortlisted(
-    library: "Library", names: list[str], base: Any, ids: Any, size: int, top_k: int
+    library: "Library",
+    names: list[str],
+    base: Any,
+    ids: Any,
+    size: int,
+    top_k: int | None,
+    temperature: float | None,
 ) -> dict[str, float]:
     """The `size` of `names` to which Arrow would give most weight, with their shares of it."""
     from adaptlib.experts.prototypes import catalogue
@@ -73,7 +79,9 @@ def shortlisted(
             sys.stderr.flush()
 
     known = catalogue(library, names, progress=progress)
-    return shortlist(known, base, ids, size=size, top_k=top_k)
+    given = {"top_k": top_k, "temperature": temperature}
+    options = {key: value for key, value in given.items() if value is not None}
+    return shortlist(known, base, ids, size=size, **options)
 
 
 def samples(folder: Path, experts: "Mapping[str, Expert]") -> dict[str, list[str]]:

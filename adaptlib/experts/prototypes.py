@@ -50,9 +50,9 @@ class Pack:
     shapes: Shapes
     names: tuple[str, ...]
     fingerprints: tuple[str, ...]
-    tables: tuple[Float[Tensor, "row width"], ...]
-    rows: tuple[Int[Tensor, " expert"], ...]
-    sketches: tuple[Float[Tensor, "module expert size"], ...]
+    tables: tuple[Float[Tensor, "_ width"], ...]
+    rows: tuple[Int[Tensor, " _"], ...]
+    sketches: tuple[Float[Tensor, "module _ size"], ...]
 
     @property
     def widths(self) -> list[int]:
@@ -257,11 +257,12 @@ def sketch(shapes: Shapes, rows: Float[Tensor, "n width"]) -> Float[Tensor, "mod
     errors at modules with like inputs would be alike too, and would not average out.
     """
     found = torch.empty(len(shapes), len(rows), SIZE)
-    begin = 0
-    for i, (module, (_, d_in)) in enumerate(shapes.items()):
-        part = rows[:, begin : begin + d_in]
-        found[i] = (part * signs(module, d_in)) @ directions(d_in)
-        begin += d_in
+    widths = [d_in for _, d_in in shapes.values()]
+    parts = list(zip(shapes, rows.split(widths, dim=1), strict=True))
+    for width in sorted(set(widths)):  # one product for all modules of a width
+        alike = [i for i, d_in in enumerate(widths) if d_in == width]
+        flipped = [parts[i][1] * signs(parts[i][0], width) for i in alike]
+        found[alike] = torch.stack(flipped) @ directions(width)
     return found
 
 

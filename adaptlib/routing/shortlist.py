@@ -1,9 +1,9 @@
 """A shortlist: the few of thousands of experts to which Arrow would give most of its weight.
 
-    names = shortlist(catalogue(library), model, inputs, size=32)
+    held = catalogue(library)
+    names = shortlist(held, model, inputs, size=32)
     shelf = Shelf(library, budget=2 * 1024**3)
-    router = arrow(found, list(names))
-    attach(model, {name: shelf[name] for name in names}, router)
+    attach(model, {name: shelf[name] for name in names}, arrow(held, list(names)))
 
 One pass of the base alone, and two stages on what each module saw of the prompt:
 
@@ -13,7 +13,7 @@ One pass of the base alone, and two stages on what each module saw of the prompt
    prompt. For 10,000 experts with 42 modules: 0.2 Gflop, 215 MB.
 2. `weigh` gives the best CANDIDATES of these exactly what Arrow gives where there are no others:
    2 · tokens · candidates · W operations and 4 · candidates · W bytes, W the sum of the modules'
-   d_in. For 48 tokens, 256 candidates, W of 26,688: 0.7 Gflop, 27 MB.
+   d_in. For 32 tokens, 256 candidates, W of 26,688: 0.4 Gflop, 27 MB.
 
 The pass itself is 5.4 Gflop there. What this costs and misses: benchmarks/synthetic.py.
 """
@@ -33,7 +33,7 @@ from adaptlib.experts.prototypes import Catalogue, Pack, sketch
 from adaptlib.routing.arrow import Arrow
 from adaptlib.routing.router import Mix, Scope
 
-TOKENS = 48  # of each prompt that are looked at, evenly spread
+TOKENS = 32  # of each prompt that are looked at, evenly spread
 DIRECTIONS = 2  # of the prompt at a module, for stage 1; up to 8 found nothing more
 CANDIDATES = 256  # for stage 2, or four times the shortlist where that is more
 CHUNK = 1 << 22  # scores that stage 2 holds at once
