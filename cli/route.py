@@ -66,6 +66,10 @@ def route(
     for option, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 4")
+    if temperature is not None and not temperature > 0:
+        raise UsageError(
+            f"--temperature is more than 0; got {temperature:g}", hint="--temperature 1"
+        )
     if mix not in ("outputs", "factors"):
         raise UsageError(f"--mix is outputs or factors; got {mix!r}", hint="--mix outputs")
     if scope not in (None, "token", "sequence", "prompt"):

@@ -17,7 +17,6 @@ from adaptlib.experts.codec import (
     MANIFEST_NAME,
     Module,
     Packed,
-    _raw,
     assemble,
     check_content,
     check_structure,
@@ -25,6 +24,7 @@ from adaptlib.experts.codec import (
     pack,
     parse_manifest,
     read_directory,
+    to_raw,
     unpack,
     write_directory,
 )
@@ -204,7 +204,7 @@ def test_a_part_too_few_or_too_many() -> None:
     fewer = {name: raw for name, raw in packed.tensors.items() if name != "layers.0.v.lora_b"}
     with pytest.raises(CorruptError, match=r"'layers\.0\.v\.lora_b' is missing"):
         check_structure("x", replace(packed, tensors=fewer))
-    more = {**packed.tensors, "other": _raw(torch.ones(1))}
+    more = {**packed.tensors, "other": to_raw(torch.ones(1))}
     with pytest.raises(CorruptError, match="'other' belongs to no module"):
         check_structure("x", replace(packed, tensors=more))
 
@@ -225,7 +225,7 @@ def test_nan_anywhere_is_refused(part: str, bad: float) -> None:
 @pytest.mark.parametrize("positions", [[3, 3], [4, 2], [-1, 2], [2, 15]])
 def test_positions_of_a_file_rise_within_the_matrix(positions: list[int]) -> None:
     packed = pack(Expert("b", {"m": sparse(0, n=2)}))
-    index = _raw(torch.tensor(positions, dtype=torch.int32))
+    index = to_raw(torch.tensor(positions, dtype=torch.int32))
     lying = replace(packed, tensors={**packed.tensors, "m.index": index})
     check_structure("x", lying)  # the tensors alone look right
     with pytest.raises(CorruptError, match=r"positions of m do not rise within 0\.\.14"):
@@ -251,7 +251,7 @@ def test_a_sparse_module_says_what_it_is(module: Module) -> None:
 
 def test_a_dtype_that_no_file_holds_is_refused() -> None:
     with pytest.raises(RefusedError, match="complex64"):
-        _raw(torch.ones(1, dtype=torch.complex64))
+        to_raw(torch.ones(1, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptlib.errors import CorruptError, NotFoundError, RefusedError
-from adaptlib.experts.codec import _raw, _tensor
+from adaptlib.experts.codec import to_raw, to_tensor
 from adaptlib.experts.tensors import encode, map_file, parse_json, read_tensors
 from tests.tiny import entry, safetensors_bytes, same_tensor
 
@@ -97,13 +97,13 @@ def test_any_tensors_come_back_and_give_the_bytes_of_safetensors(spec: dict[str,
         if raw.dtype in ("BOOL", "U8", "I8", "I16"):
             assert raw.shape == tuple(tensors[name].shape)
         else:
-            assert same_tensor(_tensor(raw), tensors[name])
+            assert same_tensor(to_tensor(raw), tensors[name])
 
 
 @pytest.mark.parametrize("name", ["", "a\x1b[31m", "a" * 513])
 def test_what_could_not_be_read_again_is_not_written(name: str) -> None:
     with pytest.raises(RefusedError, match="tensor name"):
-        list(encode({name: _raw(torch.ones(1))}))
+        list(encode({name: to_raw(torch.ones(1))}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -111,9 +111,9 @@ def test_what_could_not_be_read_again_is_not_written(name: str) -> None:
 def test_finite_sees_one_bad_number_in_many(dtype: torch.dtype, bad: float) -> None:
     good = torch.full((1_100_000,), torch.finfo(dtype).max, dtype=dtype)
     good[::2] = -good[::2]
-    assert _raw(good).finite()
+    assert to_raw(good).finite()
     good[1_050_000] = bad
-    assert not _raw(good).finite()
+    assert not to_raw(good).finite()
 
 
 def test_a_file_is_mapped_and_private(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from adaptlib.routing import Arrow, Named, Uniform, attach
+from adaptlib.routing import ROUTERS, Arrow, Named, Uniform, attach
 
 
 @pytest.fixture
@@ -192,3 +192,38 @@ def test_autocast_leaves_the_logits_in_float32(llama, mixed, prompts):
     weights = [c.weight for calls in trace.choices.values() for c in calls]
     assert all(w.dtype == torch.float32 for w in weights)
     assert (got.float() - plain).abs().mean() < 0.1 * plain.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["lag", "random", "spectr"])
+@torch.no_grad()
+def test_other_routers_run_as_they_choose(any_model, mixed, prompts, close, name):
+    """Their choices are held to slow ones elsewhere; here the sum over them, module by module."""
+    experts, batch = mixed(any_model), prompts("left")
+    router = ROUTERS[name].fit(experts, top_k=2)
+    values, patched = list(experts.values()), []
+    for module_name, module in any_model.named_modules():
+        if module_name not in router.columns:
+            continue
+
+        def forward(x, module=module, module_name=module_name):
+            y = type(module).forward(module, x)
+            rows = []
+            for token in x.reshape(-1, x.shape[-1]):
+                index, weight = router.route(module_name, token[None])
+                rows.append(
+                    sum(
+                        w * (values[i].deltas[module_name].dense().double() @ token.double())
+                        for i, w in zip(index[0].tolist(), weight[0].double(), strict=True)
+                    )
+                )
+            return y + torch.stack(rows).reshape(y.shape).to(y.dtype)
+
+        module.forward = forward
+        patched.append(module)
+    try:
+        wanted = any_model(**batch).logits
+    finally:
+        for module in patched:
+            del module.forward
+    with attach(any_model, experts, router) as routed:
+        close(routed(**batch).logits, wanted, batch["attention_mask"])
