@@ -67,7 +67,7 @@ def plot_tokens(figures: Mapping[str, Any], path: Path) -> Path:
             colour = THEIRS if name.startswith("PEFT") else colours[name]
             style = "--" if name == "base" else "-"
             _line(axes, points, f"{name}, slope {_from(points, 16)}", colour, style=style)
-        _axes(axes, "Prefill", "tokens", "lower right")
+        _axes(axes, "Prefill", "tokens")
         return figure
 
     return save_figure(draw, path)
@@ -110,7 +110,7 @@ def _line(
     axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _axes(axes: Axes, title: str, counted: str, legend: Any = "upper left") -> None:
+def _axes(axes: Axes, title: str, counted: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set(xscale="log", yscale="log", facecolor=GROUND)
     axes.set_xlabel(counted, fontsize=9, color=FAINT)
@@ -119,6 +119,6 @@ def _axes(axes: Axes, title: str, counted: str, legend: Any = "upper left") -> N
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_locator(NullLocator())
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(fontsize=8, frameon=False, loc=legend)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
     for spine in axes.spines.values():
         spine.set_color("#d0d0d0")
