@@ -1,22 +1,19 @@
 """Arrow: route by each update's top input direction (arXiv:2405.11157, section 4.2)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from adaptlib.errors import UsageError
 from adaptlib.experts.expert import Expert
-from adaptlib.routing.router import Choice, Mix, Scope, columns_of, fingerprints
-from adaptlib.routing.scoring import ScoringRouter
+from adaptlib.routing.router import Mix, Scope, columns_of, fingerprints
+from adaptlib.routing.scoring import PrototypeRouter
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arrow(ScoringRouter):
+class Arrow(PrototypeRouter):
     """Each token goes to the experts whose ΔW acts most on its direction; nothing is trained.
 
     At a module, score_i = |x · v_i|, where v_i is the top right singular vector of ΔW_i
@@ -24,21 +21,7 @@ class Arrow(ScoringRouter):
     largest, and a softmax over these divided by `temperature`.
     """
 
-    prototypes: Mapping[str, Float[Tensor, "expert d_in"]]
-    # of modules that see the same input, by the first of them; made by `place`
-    stacked: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict, repr=False)
     name = "arrow"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prototypes.keys() != self.columns.keys():
-            raise UsageError("prototypes and columns name different modules")
-        for module, rows in self.prototypes.items():
-            if rows.ndim != 2 or len(rows) != len(self.columns[module]):
-                raise UsageError(
-                    f"{module} wants prototypes ({len(self.columns[module])}, d_in), one for each "
-                    f"expert there; got {tuple(rows.shape)}"
-                )
 
     @classmethod
     def fit(
@@ -75,24 +58,3 @@ class Arrow(ScoringRouter):
             top_k=min(top_k, len(held)),
             temperature=temperature,
         )
-
-    def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
-        self.columns_at(module)
-        return (x.float() @ self.prototypes[module].to(x.device).T).abs()
-
-    def route_all(self, modules: Sequence[str], x: Float[Tensor, "tok d_in"]) -> Choice:
-        stacked = self.stacked.get(modules[0])
-        if stacked is None:
-            return super().route_all(modules, x)
-        scores = (x.float() @ stacked.T).abs()
-        return self.choose(modules[0], scores.unflatten(1, (len(modules), -1)))
-
-    def place(
-        self, devices: Mapping[str, torch.device], groups: Sequence[tuple[str, ...]] = ()
-    ) -> "Arrow":
-        placed = {m: rows.to(devices[m]) for m, rows in self.prototypes.items()}
-        stacked = {group[0]: torch.cat([placed[m] for m in group]) for group in groups}
-        for group in groups:  # views, so that nothing is there twice
-            parts = stacked[group[0]].split([len(placed[m]) for m in group])
-            placed |= dict(zip(group, parts, strict=True))
-        return replace(self, prototypes=placed, stacked=stacked)

@@ -1,23 +1,22 @@
 """Random: Arrow with directions that know nothing of the experts. The control for any router."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptlib.errors import UsageError
 from adaptlib.experts.expert import Expert
-from adaptlib.routing.router import Choice, Mix, Scope, columns_of, fingerprints
-from adaptlib.routing.scoring import ScoringRouter
+from adaptlib.routing.router import Mix, Scope, columns_of, fingerprints
+from adaptlib.routing.scoring import PrototypeRouter
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Random(ScoringRouter):
+class Random(PrototypeRouter):
     """Arrow (arXiv:2405.11157, section 4.2) with random unit vectors for prototypes: tokens that
     are alike still go to the same experts, but to which ones is chance. A router is worth what it
     gains over this one.
@@ -26,15 +25,7 @@ class Random(ScoringRouter):
     else: not on the other experts, and not on what the expert has learned.
     """
 
-    prototypes: Mapping[str, Float[Tensor, "here d_in"]]
-    # of modules that see the same input, by the first of them; made by `place`
-    stacked: Mapping[str, Float[Tensor, "experts width"]] = field(default_factory=dict, repr=False)
     name = "random"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prototypes.keys() != self.columns.keys():
-            raise UsageError("prototypes and columns name different modules")
 
     @classmethod
     def fit(
@@ -68,27 +59,6 @@ class Random(ScoringRouter):
                 for module, here in columns.items()
             },
         )
-
-    def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
-        self.columns_at(module)
-        return (x.float() @ self.prototypes[module].to(x.device).T).abs()
-
-    def route_all(self, modules: Sequence[str], x: Float[Tensor, "tok d_in"]) -> Choice:
-        stacked = self.stacked.get(modules[0])
-        if stacked is None:
-            return super().route_all(modules, x)
-        scores = (x.float() @ stacked.T).abs()
-        return self.choose(modules[0], scores.unflatten(1, (len(modules), -1)))
-
-    def place(
-        self, devices: Mapping[str, torch.device], groups: Sequence[tuple[str, ...]] = ()
-    ) -> "Random":
-        placed = {m: rows.to(devices[m]) for m, rows in self.prototypes.items()}
-        stacked = {group[0]: torch.cat([placed[m] for m in group]) for group in groups}
-        for group in groups:  # views, so that nothing is there twice
-            parts = stacked[group[0]].split([len(placed[m]) for m in group])
-            placed |= dict(zip(group, parts, strict=True))
-        return replace(self, prototypes=placed, stacked=stacked)
 
 
 def _draw(seed: int, module: str, expert: str, width: int) -> Float[Tensor, " d_in"]:

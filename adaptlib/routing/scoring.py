@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -110,6 +110,59 @@ class ScoringRouter(Router):
         """The mean `closeness` over tokens and modules."""
         device = next(iter(seen.values())).device
         return torch.stack([row[:, -1].to(device) for row in seen.values()]).mean(0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrototypeRouter(ScoringRouter):
+    """A router that keeps one direction of each expert at each module, `prototypes`, a row for each
+    of `columns`, and scores a token by |x · v_i|; x is not normalised."""
+
+    prototypes: Mapping[str, Float[Tensor, "here d_in"]]
+    # of modules that see the same input, by the first of them; made by `place`
+    stacked: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prototypes.keys() != self.columns.keys():
+            raise UsageError("prototypes and columns name different modules")
+        for module, rows in self.prototypes.items():
+            if rows.ndim != 2 or len(rows) != len(self.columns[module]):
+                raise UsageError(
+                    f"{module} wants prototypes ({len(self.columns[module])}, d_in), one for each "
+                    f"expert there; got {tuple(rows.shape)}"
+                )
+
+    def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
+        self.columns_at(module)
+        return (x.float() @ self.prototypes[module].to(x.device).T).abs()
+
+    def route_all(self, modules: Sequence[str], x: Float[Tensor, "tok d_in"]) -> Choice:
+        stacked = self.stacked.get(modules[0])
+        if stacked is None:
+            return super().route_all(modules, x)
+        scores = (x.float() @ stacked.T).abs()
+        return self.choose(modules[0], scores.unflatten(1, (len(modules), -1)))
+
+    def place(
+        self, devices: Mapping[str, torch.device], groups: Sequence[tuple[str, ...]] = ()
+    ) -> "PrototypeRouter":
+        placed, stacked = stack(self.prototypes, devices, groups)
+        return replace(self, prototypes=placed, stacked=stacked)
+
+
+def stack(
+    tables: Mapping[str, Float[Tensor, "_ _"]],
+    devices: Mapping[str, torch.device],
+    groups: Sequence[tuple[str, ...]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tables of all modules on their devices, and those of each group under each other, by its
+    first module; the first are views of the second, so that nothing is there twice."""
+    placed = {module: rows.to(devices[module]) for module, rows in tables.items()}
+    stacked = {group[0]: torch.cat([placed[m] for m in group]) for group in groups}
+    for group in groups:
+        parts = stacked[group[0]].split([len(placed[m]) for m in group])
+        placed |= dict(zip(group, parts, strict=True))
+    return placed, stacked
 
 
 def pool(

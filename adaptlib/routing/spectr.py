@@ -14,7 +14,7 @@ from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
 from adaptlib.experts.sparse import SparseDelta
 from adaptlib.routing.router import Choice, Mix, Scope, columns_of, fingerprints
-from adaptlib.routing.scoring import ScoringRouter, Weights
+from adaptlib.routing.scoring import ScoringRouter, Weights, stack
 
 ZERO = 1e-6  # of the largest singular value: what is smaller is the rounding of float32 factors
 SMALL = 64  # rows or columns: such a matrix is decomposed whole
@@ -115,11 +115,7 @@ class SpectR(SpectralRouter):
     def place(
         self, devices: Mapping[str, torch.device], groups: Sequence[tuple[str, ...]] = ()
     ) -> "SpectR":
-        placed = {m: rows.to(devices[m]) for m, rows in self.directions.items()}
-        stacked = {group[0]: torch.cat([placed[m] for m in group]) for group in groups}
-        for group in groups:  # views, so that nothing is there twice
-            parts = stacked[group[0]].split([len(placed[m]) for m in group])
-            placed |= dict(zip(group, parts, strict=True))
+        placed, stacked = stack(self.directions, devices, groups)
         return replace(self, directions=placed, stacked=stacked)
 
 
