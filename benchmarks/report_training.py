@@ -39,7 +39,16 @@ PAIRS = (
     ("joint", "lora"),
     ("mbc", "lora"),
     ("mbc", "joint"),
+    ("mbc", "category"),
+    ("mbc", "text"),
+    ("mbc", "random"),
 )
+# What experts of several tasks may be grouped by, beside MBC.
+CONTROLS = {
+    "category": "experts of categories",
+    "text": "experts of text clusters",
+    "random": "experts of random groups",
+}
 Tasks = Mapping[str, Mapping[str, Any]]
 
 
@@ -62,7 +71,8 @@ def training_part(done: Mapping[str, Any]) -> list[str]:
             "",
         ]
     lines += [*_category_part(real, methods), *_full_part(real, methods), *_pair_part(real)]
-    return [*lines, *_cluster_part(done["clusters"], tasks), *_cost_part(done["methods"])]
+    lines += [*_cluster_part(done["clusters"], tasks), *_groupings_part(real, tasks)]
+    return [*lines, *_cost_part(done["methods"])]
 
 
 def _hits(task: Mapping[str, Any], method: str) -> np.ndarray:
@@ -238,10 +248,11 @@ def _pair_part(real: Tasks) -> list[str]:
             continue
         means = [(_hits(t, left) - _hits(t, right)).mean() for t in common.values()]
         counts = [sum(map(test, means)) for test in _SIGNS]
+        named = LONG | CONTROLS
         lines.append(
             _row(
                 [
-                    f"{LONG[left]} - {LONG[right]}",
+                    f"{named[left]} - {named[right]}",
                     str(len(common)),
                     _said(_difference(common, left, right), sign=True),
                     *map(str, counts),
@@ -276,6 +287,32 @@ def _cluster_part(clusters: Mapping[str, Mapping[str, Any]], tasks: Tasks) -> li
         ]
         cells = [name, ", ".join(cluster["tasks"]), f"{cluster['examples']:,}"]
         lines.append(_row([*cells, *(f"{mean:.3f}" for mean in means)]))
+    return [*lines, ""]
+
+
+def _groupings_part(real: Tasks, tasks: Tasks) -> list[str]:
+    """Experts of several tasks, by what the tasks were grouped by."""
+    groupings = {"mbc": "MBC (parameters)", **CONTROLS}
+    found = [name for name in groupings if len(_with(real, name)) == len(real)]
+    if found in ([], ["mbc"]):
+        return []
+    lines = [
+        "### What to group tasks by",
+        "",
+        "One LoRA expert for each group, trained on the rows of all its tasks and scored on each of them: by",
+        "MBC (10 clusters), by the categories that people gave the tasks (11), by the words of their",
+        "instructions and inputs (TF-IDF and K-means, 10), and by chance, in groups of MBC's sizes.",
+        "",
+        *_head(["grouping", "mean, 34 tasks", "less own LoRA expert", "hard controls"], texts=1),
+    ]
+    hard = {name: task for name, task in tasks.items() if task["control"]}
+    for name in (*found, "joint"):
+        cells = [
+            _said(interval([_hits(task, name) for task in some.values()])) for some in (real, hard)
+        ]
+        title = (groupings | {"joint": "one for all 40 tasks"})[name]
+        less = _said(_difference(real, name, "lora"), sign=True)
+        lines.append(_row([title, cells[0], less, cells[1]]))
     return [*lines, ""]
 
 

@@ -3,10 +3,10 @@
     python -m adaptlib.demo.make --data DATA --base BASE --out OUT --workers 2
 
 `DATA` holds `tasks.tar.xz` and `tasks.json`; `BASE` is the model that `adaptlib.demo.pretrain`
-made. For each unit of `units.py`, in its order: an expert in `OUT/experts/<name>/` (full
-fine-tuning is only scored) and a line of `OUT/scores.jsonl`, with the exact match on the whole
-test and validation splits, row by row, and what it took. A cluster's expert is trained on the tasks
-whose LoRA experts MBC puts together, so those come when all of these are there.
+made. For each unit of `units.py`, in its order: an expert in `OUT/experts/<name>/` and a line of
+`OUT/scores.jsonl`, with the exact match on the whole test and validation splits, row by row, and
+what it took. A cluster's expert is trained on the tasks whose LoRA experts MBC, or one of its
+controls, puts together, so those come when all of these are there.
 
 Units that are done are left alone and one that was interrupted goes on from its checkpoint, so the
 same command again goes on. One whose recipe is another than that of its line is done anew.
@@ -21,7 +21,7 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -32,6 +32,7 @@ from adaptlib.demo.install import install
 from adaptlib.demo.units import (
     CLUSTERS,
     EPOCHS,
+    GROUPINGS,
     TASKS,
     Unit,
     all_units,
@@ -97,14 +98,55 @@ def lock(out: Path) -> IO[str]:
     return file
 
 
-def clusters_of(out: Path, tasks: Sequence[str], epochs: int) -> tuple[Unit, ...]:
-    """The experts to train on what MBC puts together, given all LoRA experts."""
-    from adaptlib.clustering import mbc
+def clusters_of(
+    out: Path, tasks: Sequence[str], epochs: int, groupings: Collection[str]
+) -> tuple[Unit, ...]:
+    """The experts to train on what each grouping puts together, given all LoRA experts: MBC, the
+    tasks' categories, the words of their instructions and rows (TF-IDF and K-means), and chance."""
+    from adaptlib.clustering import cluster
     from adaptlib.experts.codec import read_directory, unpack
 
     folder = out / "experts"
     loras = {friendly(task): unpack(read_directory(folder / friendly(task))) for task in tasks}
-    return cluster_units(mbc(loras, k=min(CLUSTERS, len(loras)), seed=0), tasks, epochs=epochs)
+    k = min(CLUSTERS, len(loras))
+    units: list[Unit] = []
+    for grouping in (name for name in GROUPINGS if name in groupings):
+        if grouping in ("mbc", "random"):
+            groups = cluster(loras, method=grouping, k=k, seed=0).clusters
+        else:
+            groups = _by_task(grouping, out / "data" / "tasks", tasks, k)
+        units += cluster_units(groups, tasks, grouping=grouping, epochs=epochs)
+    return tuple(units)
+
+
+def _by_task(grouping: str, folder: Path, tasks: Sequence[str], k: int) -> dict[str, list[str]]:
+    """Groups of experts by what is known of their tasks: the category, or the words."""
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    from adaptlib.training import read_task
+    from adaptlib.training.tasks import Row
+
+    read = [read_task(folder / f"{name}.jsonl") for name in tasks]
+    if grouping == "category":
+        labels = [str(task.category) for task in read]
+    else:
+        texts = [
+            " ".join(
+                [
+                    task.instruction,
+                    *(r.input for r in task.rows["train"][:20] if isinstance(r, Row)),
+                ]
+            )
+            for task in read
+        ]
+        rows = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+        labels = [str(label) for label in KMeans(k, n_init=10, random_state=0).fit_predict(rows)]
+    named = zip(labels, map(friendly, tasks), strict=True)
+    groups: dict[str, list[str]] = {}
+    for label, name in named:
+        groups.setdefault(label.replace("_", "-"), []).append(name)
+    return groups
 
 
 class Work:
@@ -121,7 +163,10 @@ class Work:
         self.done = {unit.name for unit in units if is_done(unit, self.lines, out)}
         self.wanted = [unit for unit in units if self._wants(unit)]
         self.todo = [unit for unit in self.wanted if unit.name not in self.done]
-        self.clustered = bool(only) and not any(name.startswith("mbc") for name in only)
+        self.groupings = {
+            name for name in GROUPINGS if not only or any(o.startswith(name) for o in only)
+        }
+        self.clustered = not self.groupings
         self.add_clusters()
 
     def _wants(self, unit: Unit) -> bool:
@@ -134,7 +179,7 @@ class Work:
         if self.clustered or not all(friendly(task) in self.done for task in self.tasks):
             return
         self.clustered = True
-        units = clusters_of(self.out, self.tasks, self.epochs)
+        units = clusters_of(self.out, self.tasks, self.epochs, self.groupings)
         units = tuple(unit for unit in units if self._wants(unit))
         for unit in units:
             print(f"{unit.name}: {', '.join(unit.tasks)}", flush=True)

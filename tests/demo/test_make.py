@@ -35,7 +35,7 @@ def test_the_forty_tasks_are_trained_in_every_way():
         "joint": 1,
         "element-0.1": 40,
         "block-0.1": 40,
-        "full": 8,
+        "full": 20,
         "element-0.02": 40,
         "block-0.02": 40,
     }
