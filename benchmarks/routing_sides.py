@@ -189,7 +189,9 @@ class Decode:
 
     def __init__(self, side: Side, prompt: Tensor) -> None:
         self.model, self.context = side.model, prompt.shape[1]
-        self.cache = side.model(input_ids=prompt, use_cache=True).past_key_values
+        out = side.model(input_ids=prompt, use_cache=True)
+        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5.24
+        self.cache, self.going_on = out[name], {name: out[name]}
         self.token = prompt[:, :1]
 
     def ready(self) -> None:
@@ -197,7 +199,7 @@ class Decode:
             self.cache.crop(-extra)
 
     def run(self) -> None:
-        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=self.token, use_cache=True, **self.going_on)
 
 
 def in_turn(

@@ -141,7 +141,12 @@ def _by_task(grouping: str, folder: Path, tasks: Sequence[str], k: int) -> dict[
             for task in read
         ]
         rows = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
-        labels = [str(label) for label in KMeans(k, n_init=10, random_state=0).fit_predict(rows)]
+        means = KMeans(
+            k,
+            n_init=10,  # pyright: ignore[reportArgumentType]: its default is a string, it takes both
+            random_state=0,
+        )
+        labels = [str(label) for label in means.fit_predict(rows)]
     named = zip(labels, map(friendly, tasks), strict=True)
     groups: dict[str, list[str]] = {}
     for label, name in named:

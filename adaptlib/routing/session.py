@@ -21,6 +21,10 @@ from adaptlib.routing.scoring import ScoringRouter, pool
 from adaptlib.routing.together import Together
 from adaptlib.routing.trace import Trace
 
+# What models call the cache that they go on with: `cache` since transformers 5.24, which takes the
+# next two still and renames them inside `forward`, after `begin` saw them; and RWKV's `state`.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+
 
 @final
 @dataclass(eq=False)
@@ -53,11 +57,10 @@ class Session:
         """See who comes; for new prompts, ask the router what it chooses for a prompt."""
         if self.seen is not None:  # this is the probe
             return
-        given = inspect.signature(model.forward).bind_partial(*args, **named).arguments
+        given = _given(model, args, named)
         inputs = given.get("input_ids")
         shape = (inputs if inputs is not None else given["inputs_embeds"]).shape[:2]
-        cache = given.get("past_key_values")
-        self.fresh = cache is None or cache.get_seq_length() == 0
+        self.fresh = not self._goes_on(given)
         self.mask = _mask(given.get("attention_mask"), shape, model)
         if not self.fresh:
             self._check_same(shape[0])
@@ -73,12 +76,34 @@ class Session:
         if self.router.threshold is not None:
             self.confidence = self.router.confidence(seen, texts)
 
+    def _goes_on(self, given: Mapping[str, Any]) -> bool:
+        """Whether a call brings a cache that holds tokens; the first of `generate` may be empty."""
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        if cache is None:
+            return False
+        if hasattr(cache, "get_seq_length"):
+            try:
+                return bool(cache.get_seq_length() > 0)
+            except ValueError:  # of state spaces alone, which have a state and no length
+                return cache.has_previous_state()
+        position = given.get("cache_position")  # what Mamba has instead before transformers 5.5
+        if position is None:
+            raise RefusedError(
+                f"a cache that is a {type(cache).__name__} does not say whether it holds tokens, "
+                f"so it is not known whether a prompt begins; scope {self.router.scope!r} and "
+                "thresholds need that",
+                hint='use scope="token" without a threshold',
+            )
+        return bool(position[0] > 0)
+
     def _probe(self, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the router sees in a pass of the base alone over the prompts."""
         if not self.router.probes:
             return {}
-        left_out = ("past_key_values", "labels", "use_cache", "cache_position", "kwargs")
+        left_out = (*CACHES, "labels", "use_cache", "cache_position")
         inputs = {key: value for key, value in given.items() if key not in left_out}
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = self._without_cache(inputs["attention_mask"])
         self.seen = {}
         try:
             with torch.no_grad():
@@ -86,6 +111,16 @@ class Session:
             return self.seen
         finally:
             self.seen = None
+
+    def _without_cache(self, mask: Any) -> Any:
+        """A mask that `generate` made for a static cache, (sequence, 1, tok, room), without the
+        room that is still empty; others as they are."""
+        assert self.mask is not None
+        if isinstance(mask, Mapping):
+            return {kind: self._without_cache(one) for kind, one in mask.items()}
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            return mask[..., : self.mask.shape[1]]
+        return mask
 
     def _texts(self, ids: Int[Tensor, "sequence tok"] | None) -> list[str]:
         if ids is None:
@@ -104,7 +139,7 @@ class Session:
             raise UsageError(
                 f"this call goes on with {sequences} sequences; experts were chosen for "
                 f"{before.pop()}",
-                hint="begin again without past_key_values",
+                hint="begin again without a cache",
             )
 
     # -- at each module ---------------------------------------------------------------------------
@@ -219,9 +254,26 @@ class Session:
             trace.choices[module].append(kept)
 
 
+def _given(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, also those that `forward` takes as `**kwargs`."""
+    signature = inspect.signature(model.forward)
+    given = dict(signature.bind_partial(*args, **named).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
+
 def _mask(given: Any, shape: Sequence[int], model: nn.Module) -> Bool[Tensor, "sequence tok"]:
-    """Which of the tokens that enter are no padding: the end of a two-dimensional mask."""
+    """Which of the tokens that enter are no padding: the end of a two-dimensional mask. One with
+    a row a token, as `generate` makes for a static cache, is read at the prompt: of that, what no
+    token sees is padding."""
+    if isinstance(given, Mapping):  # by kind of layer
+        given = next(iter(given.values()), None)
     if isinstance(given, Tensor) and given.ndim == 2:
         return given[:, given.shape[1] - shape[1] :] != 0
+    if isinstance(given, Tensor) and given.ndim == 4 and shape[1] > 1:
+        seen = given if given.dtype == torch.bool else given == 0
+        return seen[..., : shape[1]].flatten(1, 2).any(1).expand(tuple(shape))
     device = next(model.parameters()).device
     return torch.ones(tuple(shape), dtype=torch.bool, device=device)

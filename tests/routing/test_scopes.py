@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from transformers.pytorch_utils import Conv1D
 
-from adaptlib.errors import UsageError
+from adaptlib.errors import RefusedError, UsageError
 from adaptlib.routing import Arrow, Named, attach
 from adaptlib.routing.router import PromptRouter, columns_of
 
@@ -62,17 +63,22 @@ def by_sequence(model, experts, mask, *, top_k):
             del module.forward
 
 
+def carried(out):
+    """The cache that a model gave, as an argument of the next call, by its transformers' name."""
+    name = "cache" if "cache" in out else "past_key_values"
+    return {name: out[name]}
+
+
 def steps(model, batch, count=3):
     """The logits of the prompt, and of some tokens after it with a cache."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     out = model(input_ids=ids, attention_mask=mask, use_cache=True)
-    logits, cache = [out.logits], out.past_key_values
+    logits = [out.logits]
     for step in range(count):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         token = torch.full((len(mask), 1), 3 + step)
-        out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, attention_mask=mask, use_cache=True, **carried(out))
         logits.append(out.logits)
-        cache = out.past_key_values
     return logits
 
 
@@ -211,10 +217,26 @@ def test_generate_is_the_greedy_steps(llama, mixed, prompts):
                 token = out.logits[:, -1:].argmax(-1)
                 ids = torch.cat([ids, token], 1)
                 mask = torch.cat([mask, torch.ones_like(token)], 1)
-                out = routed(
-                    input_ids=token, attention_mask=mask, past_key_values=out.past_key_values
-                )
+                out = routed(input_ids=token, attention_mask=mask, **carried(out))
         assert torch.equal(said, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["sequence", "prompt"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_changes_no_choice(tiny, mixed, prompts, scope, attention):
+    """For it, `generate` makes a mask of another form, with room for what is to come."""
+    model = copy.deepcopy(tiny("llama"))
+    model.set_attn_implementation(attention)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    experts = mixed(model)
+    with attach(model, experts, Arrow.fit(experts, top_k=2, scope=scope)) as routed:
+        grown, static = (
+            torch.stack(routed.generate(**prompts("left"), **options, **cache).logits)
+            for cache in ({}, {"cache_implementation": "static"})
+        )
+    assert (grown - static).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -223,8 +245,12 @@ def test_a_cache_of_other_prompts_is_refused(llama, mixed, prompts):
     router = Arrow.fit(experts, top_k=2, scope="sequence")
     with attach(llama, experts, router) as routed:
         out = routed(**batch, use_cache=True)
-        with pytest.raises(UsageError, match="goes on with 1 sequences; experts were chosen for 2"):
-            routed(input_ids=torch.ones(1, 1).long(), past_key_values=out.past_key_values)
+        (cache,) = carried(out).values()
+        for name in ("cache", "past_key_values"):  # whichever the model asks for
+            with pytest.raises(UsageError, match="with 1 sequences; experts were chosen for 2"):
+                routed(input_ids=torch.ones(1, 1).long(), **{name: cache})
+        with pytest.raises(RefusedError, match="a list does not say whether it holds tokens"):
+            routed(input_ids=torch.ones(2, 1).long(), state=[torch.zeros(2, 4)])
 
 
 class Reader(PromptRouter):
@@ -263,6 +289,51 @@ def test_a_router_that_reads_gets_the_text_without_padding(llama, equal):
         with attach(llama, experts, Named.fit(experts, expert=name)) as routed:
             wanted = routed(input_ids=ids, attention_mask=mask).logits
         assert (got[i] - wanted[i])[mask[i].bool()].abs().max() < 1e-5
+
+
+def mamba():
+    """A model whose cache is a state: transformers gives it by another name or of another class."""
+    torch.manual_seed(0)
+    config = tf.MambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return tf.MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapted"), [("gpt2", "c_attn"), ("llama", "o_proj"), ("mamba", "in_proj")]
+)
+@torch.no_grad()
+def test_a_prompt_chooses_for_all_that_is_generated(architecture, adapted, tiny, make_lora):
+    model = mamba() if architecture == "mamba" else tiny(architecture)
+    modules = [name for name, _ in model.named_modules() if name.endswith(adapted)]
+    generator = torch.Generator().manual_seed(0)
+    experts = {
+        name: make_lora(model, generator, rank=3, modules=modules) for name in ("a", "b", "c")
+    }
+    router = Reader(experts=tuple(experts), columns=columns_of(experts), mix="outputs")
+    ids = torch.tensor([[9, 8, 12, 21], [4, 5, 6, 2]])
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with attach(model, experts, router, tokenizer=Digits()) as routed:
+        said = torch.stack(routed.generate(ids, **options).logits, 1)
+    for i, name in enumerate(("b", "c")):
+        alone = merged(model, experts, {name: 1.0}).generate(ids, **options)
+        alone = torch.stack(alone.logits, 1)
+        assert (said[i] - alone[i]).abs().max() < 1e-4
+        assert ((said[1 - i] - alone[1 - i]).abs().amax(-1) > 1e-2).all()
 
 
 @pytest.mark.usefixtures("untyped")
