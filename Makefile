@@ -46,6 +46,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/train_library.py
 	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/merging.py
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from adaptlib.experts import SparseDelta as SparseDelta
     from adaptlib.experts import read_peft as read_peft
     from adaptlib.experts import write_peft as write_peft
+    from adaptlib.experts.arithmetic import interpolate as interpolate
+    from adaptlib.experts.arithmetic import negate as negate
     from adaptlib.experts.prototypes import catalogue as catalogue
     from adaptlib.experts.shelf import Shelf as Shelf
+    from adaptlib.merging import MERGES as MERGES
     from adaptlib.routing import LAG as LAG
     from adaptlib.routing import LORAUTER as LORAUTER
     from adaptlib.routing import ROUTERS as ROUTERS
@@ -50,6 +53,7 @@ _HOME = {
     "LoGo": "adaptlib.routing",
     "LoRADelta": "adaptlib.experts",
     "LoraRetriever": "adaptlib.routing",
+    "MERGES": "adaptlib.merging",
     "Named": "adaptlib.routing",
     "ROUTERS": "adaptlib.routing",
     "Random": "adaptlib.routing",
@@ -61,8 +65,10 @@ _HOME = {
     "attach": "adaptlib.routing",
     "calibrate": "adaptlib.routing",
     "catalogue": "adaptlib.experts.prototypes",
+    "interpolate": "adaptlib.experts.arithmetic",
     "load_router": "adaptlib.routing",
     "mbc": "adaptlib.clustering",
+    "negate": "adaptlib.experts.arithmetic",
     "read_peft": "adaptlib.experts",
     "save_router": "adaptlib.routing",
     "shortlist": "adaptlib.routing.shortlist",

@@ -1,4 +1,5 @@
-"""docs/results.md, from docs/results-training.json (`results.py`) and docs/results.json (`bundle.py`).
+"""docs/results.md, from docs/results-training.json (`results.py`), docs/results.json (`bundle.py`) and
+docs/results-merging.json (`merging_bundle.py`).
 
 python benchmarks/report.py
 """
@@ -6,12 +7,14 @@ python benchmarks/report.py
 import json
 from pathlib import Path
 
+from report_merging import merging_part
 from report_routing import routing_part
 from report_training import training_part
 
 DOCS = Path(__file__).parent.parent / "docs"
 TRAINING = DOCS / "results-training.json"
 ROUTING = DOCS / "results.json"
+MERGING = DOCS / "results-merging.json"
 
 
 def write_report() -> None:
@@ -27,6 +30,8 @@ def write_report() -> None:
         lines += training_part(json.loads(TRAINING.read_text()))
     if ROUTING.exists():
         lines += routing_part(json.loads(ROUTING.read_text()))
+    if MERGING.exists():
+        lines += merging_part(json.loads(MERGING.read_text()))
     (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

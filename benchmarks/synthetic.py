@@ -44,8 +44,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adaptlib.experts import Expert, Library, LoRADelta
-from adaptlib.experts.prototypes import Catalogue, catalogue, from_segments, sketch
-from adaptlib.experts.segments import Segment
+from adaptlib.experts.prototypes import (
+    Catalogue,
+    catalogue,
+    from_segments,
+    prototype_segment,
+    sketch,
+)
 from adaptlib.experts.shelf import Shelf
 from adaptlib.routing.shortlist import CANDIDATES, arrow, estimate, fitting, look, shortlist, weigh
 
@@ -204,7 +209,7 @@ def in_memory(of: dict[str, tuple[int, int]], pieces: Iterator[Tensor]) -> Catal
         digests = [f"{len(wanted) + k:064x}" for k in range(len(piece))]
         wanted |= {name(len(wanted) + k): f"sha256:{d}" for k, d in enumerate(digests)}
         small = sketch(of, piece).numpy()
-        segments.append(Segment.of(digests, digests, piece.numpy(), small))
+        segments.append(prototype_segment(digests, digests, piece.numpy(), small))
     return from_segments(wanted, {tuple(of.items()): segments})
 
 

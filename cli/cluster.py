@@ -1,18 +1,41 @@
 """adaptlib cluster: which experts do the same thing."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cluster_view as view
 from . import out
+from .cluster_run import (
+    METHODS,
+    NOW,
+    THRESHOLD,
+    check,
+    clustered,
+    difference,
+    fields_of,
+    grown,
+    how,
+    labels_of,
+    meter,
+    unused,
+)
 from .options import JsonOption, LibraryOption, QuietOption, words
-from .selection import one_base, select
+from .selection import about, expand, one_base_of, select
+
+if TYPE_CHECKING:
+    from adaptlib.experts import Library
 
 EXAMPLES = (
     "adaptlib cluster --k 10",
-    "adaptlib cluster --k auto --plot map.svg",
+    "adaptlib cluster --k auto --measure --plot map.svg",
+    "adaptlib cluster --method agglomerative --plot tree.svg --plot-kind tree",
     "adaptlib cluster --save tasks",
+    "adaptlib cluster --assign tasks --save tasks",
+    "adaptlib cluster --diff tasks now",
+    "adaptlib cluster --duplicates",
 )
 
 
@@ -23,103 +46,250 @@ def cluster(
             "--k", help="How many clusters, or auto. 10 if not said, auto under 20 experts."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="mbc, or random as a control.")] = "mbc",
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(METHODS)}; mbc if not said.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="What is compared: factors (the paper's), sketches or gram (exact) of the "
+            "updates; auto if not said."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="Compare only these layers or modules: 0,1,q_proj."),
+    ] = None,
     experts: Annotated[
-        list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")
+        list[str] | None,
+        typer.Option(help="Only these: a,b or repeated, or cluster:NAME/LABEL of a saved one."),
     ] = None,
     only_base: Annotated[
         str | None, typer.Option("--base", metavar="ID", help="Only experts of this base model.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same clusters.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw a map: .svg or .png.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same clusters; 0 if not said.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Say how good they are, next to controls.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw them: .svg or .png.")] = None,
+    plot_kind: Annotated[str, typer.Option(help="map, tree or heat.")] = "map",
+    layout: Annotated[
+        str | None, typer.Option(help="Of the map: mds, pca or tsne; mds if not said.")
+    ] = None,
     save: Annotated[str | None, typer.Option(help="Keep it in the library by this name.")] = None,
+    assign: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Put experts that a saved one lacks into its clusters."),
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="What became of saved clusters; B may be: now."),
+    ] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="List experts that are one expert.")
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help=f"The cosine from which they are one; {THRESHOLD} if not said."),
+    ] = None,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Group experts by the similarity of their parameters (MBC)."""
-    from adaptlib.errors import UsageError
-    from adaptlib.experts import Library
-    from adaptlib.experts.records import check_record_name, save_record
-    from adaptlib.paths import check_path
+    """Group experts by the similarity of their parameters (MBC), and work with the groups."""
+    options = {"k": k, "method": method, "features": features, "seed": seed, "only": words(only)}
+    given = {key: value for key, value in options.items() if value not in (None, [])}
+    made = {"measure": measure, "plot": plot, "save": save}
+    check(
+        method=method,
+        features=features,
+        k=k,
+        plot=plot,
+        plot_kind=plot_kind,
+        layout=layout,
+        save=save,
+        threshold=threshold,
+        duplicates=duplicates,
+    )
+    which: Any = {"experts": words(experts), "base": only_base, "json": json, "quiet": quiet}
+    if duplicates:
+        _alone("--duplicates", {"diff": diff, "assign": assign} | given | made)
+        _duplicates(_open(library), threshold or THRESHOLD, **which)
+    elif diff is not None:
+        _alone("--diff", {"assign": assign} | made | (given if diff[1] != NOW else {}))
+        _diff(_open(library), diff, given, **which)
+    elif assign is not None:
+        _alone("--assign", given | {"measure": measure, "plot": plot})
+        _assign(_open(library), assign, save, **which)
+    else:
+        notes = unused(given, layout=layout, kind=plot_kind)
+        picture = None if plot is None else (plot, plot_kind, layout or "mds")
+        _cluster(_open(library), given, notes, measure, picture, save, **which)
 
-    if plot is not None:
-        check_path(plot)
-    opened = Library.open(library)
-    names = select(opened, words(experts), only_base)
-    one_base(opened, names)
-    count = _count(k, len(names))
+
+def _cluster(
+    opened: "Library",
+    given: Mapping[str, Any],
+    notes: list[str],
+    measure: bool,
+    picture: tuple[Path, str, str] | None,
+    save: str | None,
+    *,
+    experts: list[str],
+    base: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    names = select(opened, experts, base)
+    known = about(opened, names)
+    one_base_of(known)
+    found = clustered(opened, names, how(given, len(names)), quiet=json or quiet)
+    labels = labels_of(found.clusters, known)
+    fields = fields_of(found, labels)
+    cards = {name: one.card for name, one in known.items()}
+    if measure:
+        from adaptlib.clustering.agreement import measures
+
+        fields["measures"] = measures(found, cards)
+    if picture is not None:
+        from adaptlib.clustering.plot import plot
+
+        plot(found, picture[0], kind=picture[1], layout=picture[2], labels=labels)
+        notes.append(f"Drew {picture[0]}")
     if save is not None:
-        check_record_name("clusterings", save)
-    digests = {name: opened.digest(name) for name in names}
+        from adaptlib.clustering import save_clustering
 
-    from adaptlib import clustering
-
-    if method not in clustering.CLUSTERINGS:
-        known = ", ".join(clustering.CLUSTERINGS)
-        raise UsageError(
-            f"no clustering method {method!r}; there are: {known}", hint="--method mbc"
-        )
-    loaded = {name: opened[name] for name in names}
-    result = clustering.cluster(loaded, method=method, k=count, seed=seed)
-    if plot is not None:
-        clustering.plot_map(result, plot)
-    if save is not None:
-        save_record(
-            opened.store,
-            "clusterings",
-            save,
-            {
-                "schema": "adaptlib.clustering/1",
-                "method": result.method,
-                "k": result.k,
-                "seed": seed,
-                "features": result.features,
-                "clusters": result.clusters,
-                "experts": digests,
-            },
-        )
+        digests = {name: one.digest for name, one in known.items()}
+        save_clustering(opened, save, found, digests=digests, labels=labels)
+        notes.append(f"Saved  (adaptlib show clusterings/{save})")
     if json:
-        out.document(
-            "cluster",
-            method=result.method,
-            k=result.k,
-            clusters=result.clusters,
-            silhouette=result.silhouette,
-            features=result.features,
-            seed=seed,
-        )
+        out.document("cluster", **fields)
         return
     if quiet:
-        for members in result.clusters.values():
-            out.line(" ".join(members))
+        view.print_names(found.clusters)
         return
-    out.table(
-        [("CLUSTER", "left"), ("SIZE", "right"), ("EXPERTS", "fold")],
-        [
-            [label, str(len(members)), ", ".join(members)]
-            for label, members in result.clusters.items()
-        ],
-    )
-    silhouette = f"{result.silhouette:.3f}" if result.silhouette is not None else "not defined"
+    view.print_clusters(found.clusters, found.outliers, labels)
     out.line()
-    out.line(f"{result.method}, k = {result.k}, silhouette {silhouette}")
-    out.line(f"features: {result.basis}")
-    if plot is not None:
-        out.note(f"Drew {plot}")
+    view.print_footer(found.method, found.k, found.silhouette, found.basis)
+    if measure:
+        view.print_measures(fields["measures"], cards)
+    for note in notes:
+        out.note(note)
+
+
+def _assign(
+    opened: "Library",
+    name: str,
+    save: str | None,
+    *,
+    experts: list[str],
+    base: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Put experts that the saved clustering lacks into its nearest clusters."""
+    grown_, labels = grown(opened, name, expand(opened, experts), base)
+    rows = [
+        {"name": one, "cluster": to.label, "cosine": to.cosine}
+        for one, to in sorted(grown_.assigned.items())
+    ]
+    if save is not None:
+        from adaptlib.clustering import save_clustering
+
+        save_clustering(opened, save, grown_.clustering, digests=grown_.digests, labels=labels)
+    if json:
+        out.document("cluster", **fields_of(grown_.clustering, labels), assigned=rows)
+        return
+    if quiet:
+        for row in rows:
+            out.line(f"{row['name']} {row['cluster']}")
+        return
+    view.print_assigned(rows, labels, name)
     if save is not None:
         out.note(f"Saved  (adaptlib show clusterings/{save})")
+    elif rows:
+        out.note(f"Not kept  (--save {name} keeps them there)")
 
 
-def _count(k: str | None, experts: int) -> "int | Literal['auto']":
+def _diff(
+    opened: "Library",
+    which: tuple[str, str],
+    given: Mapping[str, Any],
+    *,
+    experts: list[str],
+    base: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """What became of the clusters of one saved clustering in another, or now."""
+    found, labels = difference(
+        opened, which, given, expand(opened, experts), base, quiet=json or quiet
+    )
+    if json:
+        import msgspec
+
+        fields = msgspec.to_builtins(found)
+        out.document("cluster-diff", before=which[0], after=which[1], same=found.same, **fields)
+    elif quiet:
+        for move in found.moved:
+            out.line(move.name)
+    else:
+        view.print_difference(found, which, labels)
+
+
+def _duplicates(
+    opened: "Library",
+    threshold: float,
+    *,
+    experts: list[str],
+    base: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Experts that are one expert, by their updates; also one expert by two names."""
+    names = select(opened, experts, base, once=False)
+    known = about(opened, names)
+    one_base_of(known)
+
+    from adaptlib.clustering.duplicates import near_duplicates
+    from adaptlib.experts.sketches import sketches
+
+    table = sketches(opened, names, progress=meter("Sketches", quiet=json or quiet))
+    found = near_duplicates(
+        table.names,
+        table.rows,
+        scales=table.scales,
+        digests={name: one.weights for name, one in known.items()},
+        threshold=threshold,
+    )
+    if json:
+        out.document(
+            "cluster-duplicates",
+            threshold=threshold,
+            experts=len(names),
+            duplicates=[
+                {"names": one.names, "cosine": one.cosine, "copies": one.copies} for one in found
+            ],
+        )
+    elif quiet:
+        for one in found:
+            out.line(" ".join(one.names))
+    else:
+        view.print_duplicates(found, len(names), threshold)
+
+
+def _alone(option: str, others: Mapping[str, Any]) -> None:
+    """UsageError where an option that does something else is given with others."""
     from adaptlib.errors import UsageError
 
-    if k is None:
-        return 10 if experts >= 20 else "auto"
-    if k == "auto":
-        return "auto"
-    if not k.isdecimal() or int(k) < 1:
-        raise UsageError(
-            f"--k wants a whole number from 1 to {experts}, or auto; got {k!r}", hint="--k auto"
-        )
-    return int(k)
+    also = [f"--{name}" for name, value in others.items() if value]
+    if also:
+        raise UsageError(f"{option} goes without {' and '.join(also)}", hint=f"leave out {also[0]}")
+
+
+def _open(library: Path | None) -> "Library":
+    from adaptlib.experts import Library
+
+    return Library.open(library)

@@ -29,12 +29,13 @@ def gc(
 ) -> None:
     """Move what no name leads to into the trash, where it stays for 7 days.
 
-    Checkpoints of training runs that nobody went on with for 7 days are deleted, and prototypes of
-    experts without a name.
+    Checkpoints of training runs that nobody went on with for 7 days are deleted, prototypes and
+    sketches of experts without a name.
     """
     from adaptlib.experts.derived import forget_runs
     from adaptlib.experts.library import Library
-    from adaptlib.experts.segments import forget_prototypes
+    from adaptlib.experts.segments import PROTOTYPES, forget_rows
+    from adaptlib.experts.sketches import SKETCHES
 
     opened = Library.open(library)
     if restore is not None:
@@ -46,11 +47,12 @@ def gc(
         return
     result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
     removed = [str(digest) for digest in result.removed]
-    runs = run_bytes = rows = row_bytes = 0
+    runs = run_bytes = rows = row_bytes = sketched = sketch_bytes = 0
     if opened.path:
         runs, run_bytes = forget_runs(opened.path, dry_run=dry_run)
         alive = opened.tags().values()
-        rows, row_bytes = forget_prototypes(opened.path, alive, dry_run=dry_run)
+        rows, row_bytes = forget_rows(opened.path, alive, PROTOTYPES, dry_run=dry_run)
+        sketched, sketch_bytes = forget_rows(opened.path, alive, SKETCHES, dry_run=dry_run)
     if json:
         out.document(
             "gc",
@@ -59,6 +61,7 @@ def gc(
             bytes=result.bytes,
             training_runs=runs,
             prototypes=rows,
+            sketches=sketched,
             dry_run=dry_run,
         )
     elif not quiet:
@@ -70,6 +73,9 @@ def gc(
         if rows:
             what = out.count(rows, "expert") + "' prototypes"
             out.line(f"{verb}  {what}, {out.size(row_bytes)}")
+        if sketched:
+            what = f"sketches of {out.count(sketched, 'expert')}"
+            out.line(f"{verb}  {what}, {out.size(sketch_bytes)}")
         if removed and not dry_run:
             out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
 

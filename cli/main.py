@@ -22,6 +22,7 @@ from . import (
     init,
     listing,
     log,
+    merge,
     mv,
     out,
     rm,
@@ -35,7 +36,7 @@ from . import (
 
 app = typer.Typer(
     name="adaptlib",
-    help="Train, keep, group and route the adapters of a language model.",
+    help="Train, keep, group, merge and route the adapters of a language model.",
     epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -49,7 +50,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Train, keep, group and route the adapters of a language model."""
+    """Train, keep, group, merge and route the adapters of a language model."""
     if version:
         print(f"adaptlib {installed_version('adaptlib')}")
     elif context.invoked_subcommand is None:
@@ -71,6 +72,7 @@ COMMANDS = {
     "verify": verify.verify,
     "gc": gc.gc,
     "cluster": cluster.cluster,
+    "merge": merge.merge,
     "route": route.route,
     "train": train.train,
     "train-library": train_library.train_library,

@@ -52,7 +52,10 @@ def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> 
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=0)
     lines: list[list[str]] = [[] for _ in cells]
     for i, (heading, how) in enumerate(columns):
-        whole = max(len(text) for text in (heading, *(row[i] for row in cells)))
+        lines_ = (
+            line for text in (heading, *(row[i] for row in cells)) for line in text.split("\n")
+        )
+        whole = max(map(len, lines_))
         grid.add_column(
             (heading.rjust(whole) if how == "right" else heading) + "  ",
             no_wrap=how != "fold",

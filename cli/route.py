@@ -23,6 +23,7 @@ EXAMPLES = (
     'adaptlib route --prompt "2 + 2" --html why.html',
     'adaptlib route --prompt "2 + 2" --scope prompt --save mine',
     'adaptlib route --prompt "2 + 2" --shortlist 32',
+    'adaptlib route --prompt "2 + 2" --experts cluster:tasks/0',
 )
 
 

@@ -53,7 +53,10 @@ Samples = Annotated[
 Save = Annotated[
     str | None, typer.Option(metavar="NAME", help="Keep the router, for --router saved:NAME.")
 ]
-Experts = Annotated[list[str] | None, typer.Option(help="Only these, by name: a,b or repeated.")]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these: a,b or repeated, or cluster:NAME/LABEL of a saved clustering."),
+]
 Shortlist = Annotated[
     int | None,
     typer.Option(

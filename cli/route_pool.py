@@ -18,16 +18,19 @@ def pool(library: "Library", routers: list[str], experts: list[str]) -> list[str
     name it was asked by; and no others where every router names its own."""
     from adaptlib.errors import UsageError
 
+    from .selection import expand
+
     which = [found for name in routers if (found := name.partition(":")[2])]
     if len(which) == len(routers):
         return which
-    held = {library.digest(name) for name in experts or library}
+    chosen = expand(library, experts) or list(library)
+    held = {library.digest(name) for name in chosen}
     for name in which:
         if library.digest(name) not in held:
             raise UsageError(
                 f"named:{name} is none of --experts {','.join(experts)}", hint=f"--experts {name}"
             )
-    return [*which, *(experts or library)]
+    return [*which, *chosen]
 
 
 def saved(

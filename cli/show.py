@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from . import out
+from .merge_view import is_merged, recipe_lines
 from .options import JsonOption, LibraryOption, QuietOption
 
 EXAMPLES = ("adaptlib show sql", "adaptlib show sql --json")
@@ -53,8 +54,11 @@ def show(
     pinned = out.short(pin["digest"]) if pin.get("digest") else "not checked yet"
     revision = f" @ {pin['revision'][:12]}" if pin.get("revision") else ""
     out.line(f"  base     {manifest.base}{revision} ({pinned})")
+    merged = recipe_lines(card) if is_merged(card) else []
+    for text in merged:
+        out.line(f"  {text}")
     for key, value in card.items():
-        for text in _lines(key, value):
+        for text in [] if merged and key in ("merge", "parents") else _lines(key, value):
             out.line(textwrap.fill(text, 78, initial_indent="  ", subsequent_indent=" " * 11))
     out.line()
     out.table(
@@ -81,12 +85,15 @@ def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
         for expert, digest in document["experts"].items():
             out.line(f"  {out.short(digest)}  {expert}")
         return
-    clusters = document.get("clusters", {})
+    from .cluster_view import paragraph, print_clusters
+
     what = ", ".join(f"{key} {document[key]}" for key in ("method", "k", "seed", "features"))
-    out.line(f"{name}: {what}, {out.count(len(document['experts']), 'expert')}")
-    out.table(
-        [("CLUSTER", "left"), ("SIZE", "right"), ("EXPERTS", "fold")],
-        [[label, str(len(names)), ", ".join(names)] for label, names in clusters.items()],
+    why = f" ({document['why']})" if document.get("why") else ""
+    fit = document.get("silhouette")
+    fit = f", silhouette {fit:.3f}" if fit is not None else ""
+    paragraph(f"{name}: {what}{why}, {out.count(len(document['experts']), 'expert')}{fit}")
+    print_clusters(
+        document.get("clusters", {}), document.get("outliers", []), document.get("labels", {})
     )
 
 

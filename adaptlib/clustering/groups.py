@@ -1,68 +1,142 @@
-"""From the cosine matrix to groups: MBC's K-means, and its control."""
+"""From an embedding to groups: one function for each method, and its line in CLUSTERINGS.
+
+Each takes an `Embedding`, the number of groups and a seed, and gives each expert the number of its
+group, or -1 where it is in none. None but the controls parts equal experts, so there may be fewer
+groups than asked for. The controls are what a method that reads parameters must beat: `random`,
+`category` and `text` look at no parameters.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
+from jaxtyping import Int
+from scipy.cluster.hierarchy import fcluster
+from sklearn.cluster import HDBSCAN, KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 
-AUTO_MAX = 20  # groups
+from adaptlib.clustering.similarity import Embedding
+
+SAID = ("task", "description", "instruction", "examples")  # what `text` reads of a card
+FEW = 1000  # experts
+WORD = r"[^\W_]+"  # so `clinc_banking` and `clinc-banking` are the same two words
 
 
-def mbc_labels(
-    similarity: Float[np.ndarray, "expert expert"], k: int, *, seed: int
+def agglomerative(
+    experts: Embedding, k: int, *, seed: int = 0, starts: int = 1
+) -> Int[np.ndarray, " expert"]:
+    """Average linkage on 1 - cos (SciPy's `linkage`), its dendrogram cut to `k` groups.
+
+    Nothing in it is random. Where several merges are of one height the cut takes all or none, so
+    there may be fewer groups than `k`.
+    """
+    distinct = len(np.unique(experts.unit, axis=0))
+    if len(experts) == 1:
+        return np.zeros(1, np.int64)
+    return fcluster(experts.tree, min(k, distinct), "maxclust").astype(np.int64)
+
+
+def category(
+    experts: Embedding, k: int = 0, *, seed: int = 0, starts: int = 1
+) -> Int[np.ndarray, " expert"]:
+    """The control: the `category` on the card, a group for each. Experts whose card has none are
+    one group. `k` is not used. Nothing is guessed from names of tasks."""
+    said = [str(experts.cards.get(name, {}).get("category") or "") for name in experts.names]
+    return np.unique(said, return_inverse=True)[1].reshape(-1)
+
+
+def hdbscan(
+    experts: Embedding, k: int = 0, *, seed: int = 0, starts: int = 1
+) -> Int[np.ndarray, " expert"]:
+    """Dense regions of the unit rows, and outliers (Campello et al. 2013; scikit-learn's).
+
+    It says how many groups there are; `k` is not used, nor is anything random. A group has 5
+    experts at least, a tenth of all where these are under 50, and never under 2. Distances are
+    sqrt(2 - 2 cos). Where no two experts differ they are one group.
+    """
+    rows, first, place = np.unique(experts.apart, axis=0, return_index=True, return_inverse=True)
+    if len(rows) == 1:
+        return np.zeros(len(experts), np.int64) - (len(experts) == 1)
+    smallest = max(2, min(5, len(experts) // 10))
+    maker = HDBSCAN(
+        min_cluster_size=smallest,
+        copy=True,  # pyright: ignore[reportArgumentType]: its default is a string, it takes both
+    )
+    found = maker.fit_predict(experts.apart)
+    return found[first[place.reshape(-1)]].astype(np.int64)
+
+
+def mbc(
+    experts: Embedding, k: int, *, seed: int = 0, starts: int = 10
 ) -> Int[np.ndarray, " expert"]:
     """K-means on the rows of the cosine matrix, the best of 10 k-means++ starts.
 
-    Equal experts stay together, so there are fewer than `k` groups where fewer rows are distinct.
-    Model-based clustering of Ostapenko et al. 2024 (arXiv:2405.11157), as in the authors' code.
+    Model-based clustering of Ostapenko et al. 2024 (arXiv:2405.11157), as in the authors' code; on
+    `points`, which have the distances of those rows.
     """
-    distinct = len(np.unique(similarity, axis=0))
+    points = experts.points
+    return _kmeans(points, k, len(np.unique(points, axis=0)), seed=seed, starts=starts)
+
+
+def random(
+    experts: Embedding, k: int, *, seed: int = 0, starts: int = 10
+) -> Int[np.ndarray, " expert"]:
+    """The control: groups of the sizes that MBC finds, filled at random."""
+    found = mbc(experts, k, seed=seed, starts=starts)
+    return np.random.default_rng(seed).permutation(found)
+
+
+def text(
+    experts: Embedding, k: int, *, seed: int = 0, starts: int = 10
+) -> Int[np.ndarray, " expert"]:
+    """The control: K-means on the words of the cards (TF-IDF of task, description, instruction and
+    examples, scikit-learn's). Experts whose cards say the same stay together."""
+    cards = [experts.cards.get(name, {}) for name in experts.names]
+    said = [" ".join(_words([card.get(key) for key in SAID])) for card in cards]
+    if not any(re.search(WORD, one) for one in said):
+        return np.zeros(len(experts), np.int64)
+    rows: Any = TfidfVectorizer(sublinear_tf=True, token_pattern=WORD).fit_transform(said)
+    return _kmeans(rows, k, len(set(said)), seed=seed, starts=starts)
+
+
+# name -> function of (Embedding, k, *, seed, starts): the number of each expert's group
+CLUSTERINGS = {
+    "agglomerative": agglomerative,
+    "category": category,
+    "hdbscan": hdbscan,
+    "mbc": mbc,
+    "random": random,
+    "text": text,
+}
+CONTROLS = ("category", "random", "text")  # these look at no parameters
+COUNTING = ("category", "hdbscan")  # these find the number of groups themselves
+
+
+def _kmeans(
+    points: Any, k: int, distinct: int, *, seed: int, starts: int
+) -> Int[np.ndarray, " expert"]:
+    """K-means on rows, of which `distinct` differ."""
     means = KMeans(
         n_clusters=min(k, distinct),
         init="k-means++",
-        n_init=10,  # pyright: ignore[reportArgumentType]: its default is a string, it takes both
+        n_init=starts,  # pyright: ignore[reportArgumentType]: its default is a string, takes both
+        # scikit-learn scales it by the mean variance of a column, of which the cosine matrix has
+        # one for each expert: so it stops where it would there.
+        tol=1e-4 * points.shape[1] / points.shape[0],
         random_state=seed,
     )
-    return means.fit_predict(similarity)
+    # A small problem is solved ten times as fast by one thread as by some that wait for each other
+    # on a busy machine.
+    with threadpool_limits(limits=1 if points.shape[0] <= FEW else None, user_api="openmp"):
+        return means.fit_predict(points).astype(np.int64)
 
 
-def random_labels(
-    similarity: Float[np.ndarray, "expert expert"], k: int, *, seed: int
-) -> Int[np.ndarray, " expert"]:
-    """The control: groups of the sizes that MBC finds, filled at random."""
-    return np.random.default_rng(seed).permutation(mbc_labels(similarity, k, seed=seed))
-
-
-# name -> function of (similarity, k, *, seed) that gives each expert the number of its group
-CLUSTERINGS = {
-    "mbc": mbc_labels,
-    "random": random_labels,
-}
-
-
-def silhouette(
-    similarity: Float[np.ndarray, "expert expert"], labels: Int[np.ndarray, " expert"]
-) -> float | None:
-    """How well parted the groups are, from -1 to 1: the mean silhouette (Rousseeuw 1987) of the
-    rows of the cosine matrix, which are the points K-means sees. None unless there are at least
-    2 groups and fewer groups than experts."""
-    if not 2 <= len(np.unique(labels)) < len(labels):
-        return None
-    return float(silhouette_score(similarity, labels))
-
-
-def best_k(similarity: Float[np.ndarray, "expert expert"], *, seed: int) -> int:
-    """The number of groups, 2 to min(20, half the experts), of MBC's largest silhouette.
-
-    The smaller number on a tie. 1 where two groups cannot be judged: fewer than 3 experts, or no
-    two that differ.
-    """
-    best, best_score = 1, -np.inf
-    for k in range(2, max(2, min(len(similarity) // 2, AUTO_MAX)) + 1):
-        if k > len(similarity):
-            break
-        labels = mbc_labels(similarity, k, seed=seed)
-        score = silhouette(similarity, labels)
-        if score is not None and score > best_score + 1e-9:
-            best, best_score = len(np.unique(labels)), score
-    return best
+def _words(said: Any) -> Iterator[str]:
+    """All texts in a part of a card."""
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, Mapping | list | tuple):
+        for part in said.values() if isinstance(said, Mapping) else said:
+            yield from _words(part)

@@ -31,6 +31,7 @@ from adaptlib.experts.tensors import (
 if TYPE_CHECKING:
     import torch
 
+    from adaptlib.experts.delta import Delta
     from adaptlib.experts.expert import Expert
 
 SCHEMA = "adaptlib.expert/1"
@@ -311,25 +312,28 @@ def pack(expert: "Expert") -> Packed:
 def unpack(packed: Packed) -> "Expert":
     """An expert as tensors, over the same memory."""
     from adaptlib.experts.expert import Expert
+
+    parts = parts_of(packed.kind)
+    deltas = {
+        name: to_delta(module, *(packed.tensors[f"{name}.{part}"] for part in parts))
+        for name, module in packed.modules.items()
+    }
+    return Expert(packed.base, deltas, packed.card)
+
+
+def parts_of(kind: str) -> tuple[str, str]:
+    """What the two tensors of a module are called, in the order of `to_delta`."""
+    return _PARTS[kind]
+
+
+def to_delta(module: Module, first: RawTensor, second: RawTensor) -> "Delta":
+    """A delta over the same memory: of LoRA's A and B, or of a sparse one's index and values."""
     from adaptlib.experts.lora import LoRADelta
     from adaptlib.experts.sparse import SparseDelta
 
-    def part(module: str, name: str) -> "torch.Tensor":
-        return to_tensor(packed.tensors[f"{module}.{name}"])
-
-    if packed.kind == "lora":
-        deltas: dict[str, Any] = {
-            name: LoRADelta(part(name, "lora_a"), part(name, "lora_b"), module.scale or 0.0)
-            for name, module in packed.modules.items()
-        }
-    else:
-        deltas = {
-            name: SparseDelta(
-                part(name, "index"), part(name, "values"), module.shape, module.block or 1
-            )
-            for name, module in packed.modules.items()
-        }
-    return Expert(packed.base, deltas, packed.card)
+    if module.rank is not None:
+        return LoRADelta(to_tensor(first), to_tensor(second), module.scale or 0.0)
+    return SparseDelta(to_tensor(first), to_tensor(second), module.shape, module.block or 1)
 
 
 def write_directory(packed: Packed, directory: Path) -> None:

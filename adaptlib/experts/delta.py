@@ -1,9 +1,7 @@
 """What a delta is: the update ΔW of one linear module, of shape (d_out, d_in)."""
 
 from abc import ABC, abstractmethod
-from functools import lru_cache
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -44,21 +42,13 @@ class Delta(ABC):
 
     @abstractmethod
     def sketch(self, *, seed: int = 0, size: int = 16) -> Float[Tensor, "size size"]:
-        """Ω_out ΔW Ω_in, a random projection from both sides. Sketches made with one seed and size
-        are comparable across kinds and ranks: the inner product of two sketches has the mean
-        <ΔW, ΔW'>."""
+        """A random projection of ΔW on size² numbers, float32; see projection.py. Sketches made
+        with one seed and size are comparable across kinds and ranks: the inner product of two
+        sketches has the mean <ΔW, ΔW'>."""
 
     def norm(self) -> float:
         """The Frobenius norm of ΔW."""
         return max(self.inner(self), 0.0) ** 0.5
-
-
-@lru_cache(maxsize=64)
-def projection(seed: int, side: str, width: int, size: int) -> Float[Tensor, "size width"]:
-    """A fixed Gaussian matrix with entries of variance 1/size, the same on every machine."""
-    salt = 0 if side == "out" else 1
-    generator = torch.Generator().manual_seed((seed * 2 + salt) * 1_000_003 + width)
-    return torch.randn(size, width, generator=generator, dtype=torch.float32) / size**0.5
 
 
 def fix_sign(v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -1,6 +1,7 @@
 """Expert: the value that everything else is written in terms of."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,28 @@ from adaptlib.experts.delta import Delta
 from adaptlib.experts.lora import LoRADelta
 
 
+class Deltas(Mapping[str, Delta]):
+    """The updates of one expert, at least one, by module in the order of the names, for an expert
+    that is not in memory: each is made when it is looked at, and this is what is known of them
+    without that."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None: ...
+
+    @property
+    @abstractmethod
+    def params(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, int]]: ...
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Expert:
@@ -21,6 +44,8 @@ class Expert:
     (`model.layers.0.self_attn.q_proj`), sorted, all of one kind. `card` is plain JSON data: task,
     description, licence, training recipe, metrics, parents, and under `base` the pin
     `{"id", "revision", "digest"}` by which a wrong base model is noticed.
+
+    `deltas` is copied, but for `Deltas`, which stay what they are.
     """
 
     base: str
@@ -28,6 +53,9 @@ class Expert:
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
+        if isinstance(self.deltas, Deltas):
+            return
         deltas = dict(sorted(self.deltas.items()))
         kinds = sorted({delta.kind for delta in deltas.values()})
         if not deltas:
@@ -35,27 +63,34 @@ class Expert:
         if len(kinds) > 1:
             raise UsageError(f"the deltas of one expert are of one kind; got {', '.join(kinds)}")
         object.__setattr__(self, "deltas", MappingProxyType(deltas))
-        object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
 
     @property
     def kind(self) -> str:
         """`lora` or `sparse`."""
+        if isinstance(self.deltas, Deltas):
+            return self.deltas.kind
         return next(iter(self.deltas.values())).kind
 
     @property
     def rank(self) -> int | None:
         """The largest rank of its deltas; None for a sparse expert."""
+        if isinstance(self.deltas, Deltas):
+            return self.deltas.rank
         ranks = [delta.rank for delta in self.deltas.values() if isinstance(delta, LoRADelta)]
         return max(ranks, default=None)
 
     @property
     def params(self) -> int:
         """How many numbers it keeps."""
+        if isinstance(self.deltas, Deltas):
+            return self.deltas.params
         return sum(delta.params for delta in self.deltas.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) by module."""
+        if isinstance(self.deltas, Deltas):
+            return self.deltas.shapes
         return {name: delta.shape for name, delta in self.deltas.items()}
 
     @cached_property

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from adaptlib.errors import (
     RefusedError,
     UsageError,
 )
-from adaptlib.experts import index
+from adaptlib.experts import index, sketches
 from adaptlib.experts.codec import (
     Manifest,
     Packed,
@@ -180,6 +181,14 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         blob = self.store.view(Digest.parse(manifest.blob.digest))
         return assemble(name, manifest, blob)
 
+    def stream(self, name: str) -> "Expert":
+        """`library[name]`, with its tensors read from the store each time that they are looked at
+        and not kept. It is verified once, now, and nothing of it stays in memory: for what goes
+        through many experts a module at a time, such as merging."""
+        from adaptlib.experts.streamed import streamed
+
+        return streamed(name, self.manifest(name), self.store)
+
     def summaries(self) -> dict[str, tuple[str, Summary]]:
         """(digest, summary) by name, from the index, which is brought up to date."""
         names = self.names()
@@ -288,12 +297,16 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     def _keep(self, prepared: "_Prepared") -> Added:
         packed, ref, before = prepared.packed, prepared.ref, prepared.before
-        manifest = packed.manifest(str(self.store.put(packed.blob())))
+        with ThreadPoolExecutor(1) as beside:  # hashing and writing leave a core free
+            sketch = beside.submit(sketches.sketch_expert, packed) if self.path else None
+            manifest = packed.manifest(str(self.store.put(packed.blob())))
         digest = self.store.put(encode_manifest(str(ref), manifest))
         if digest != before:
             move_ref(self.store, ref, digest, expect=before, reason="add")
         if self.path:
             index.write(self.path / "index.db", {str(digest): Summary.of(manifest)})
+            if sketch is not None and digest != before:
+                sketches.keep_sketch(self.path, str(digest), packed.shapes, sketch.result())
         return Added(str(ref), str(digest), manifest, before != digest, prepared.notes)
 
     def remove(self, name: str) -> str:

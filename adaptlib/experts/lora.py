@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptlib.errors import UsageError
-from adaptlib.experts.delta import Delta, fix_sign, projection
+from adaptlib.experts.delta import Delta, fix_sign
+from adaptlib.experts.projection import sketch_lora
 
 
 @final
@@ -76,7 +77,6 @@ class LoRADelta(Delta):
         return other.inner(self)
 
     def sketch(self, *, seed: int = 0, size: int = 16) -> Float[Tensor, "size size"]:
-        d_out, d_in = self.shape
-        left = projection(seed, "out", d_out, size).to(self.b.device) @ self.b.float()
-        right = self.a.float() @ projection(seed, "in", d_in, size).to(self.a.device).T
-        return self.scale * (left @ right)
+        a, b = (t.detach().float().cpu().numpy() for t in (self.a, self.b))
+        found = sketch_lora(a, b, self.scale, seed=seed, size=size**2)
+        return torch.from_numpy(found).reshape(size, size).to(self.a.device)

@@ -29,6 +29,7 @@ from adaptlib.experts.segments import (
     Segment,
     Shapes,
     compact,
+    hash_table,
     read_segments,
     write_segment,
 )
@@ -203,12 +204,27 @@ class _Growing:
             digests, prints, parts = zip(*rows, strict=True)
             prototypes = np.stack(parts)
             sketches = sketch(dict(signature), torch.from_numpy(prototypes)).numpy()
-            segment = Segment.of(digests, prints, prototypes, sketches)
+            segment = prototype_segment(digests, prints, prototypes, sketches)
             if self.root is not None:
                 segment = write_segment(self.root, dict(signature), segment)
             self.found.setdefault(signature, []).append(segment)
             self.touched.add(signature)
         self.bytes = 0
+
+
+def prototype_segment(
+    digests: Sequence[str],
+    fingerprints: Sequence[str],
+    prototypes: Float[np.ndarray, "n width"],
+    sketches: Float[np.ndarray, "module n size"],
+) -> Segment:
+    """A segment in memory; digests and fingerprints as text."""
+    parts = {
+        "fingerprints": hash_table(fingerprints),
+        "prototypes": prototypes,
+        "sketches": sketches,
+    }
+    return Segment.of(digests, parts)
 
 
 def from_segments(
@@ -232,11 +248,11 @@ def from_segments(
             names += [name for _, here in rows for name in here]
             texts = segment.prints()
             prints += [texts[i] for i in index]
-            sketches = torch.from_numpy(segment.sketches)
+            sketches = torch.from_numpy(segment.parts["sketches"])
             chosen = torch.tensor(index)
             if index != list(range(len(segment))):
                 sketches = sketches.index_select(1, chosen)
-            parts.append((torch.from_numpy(segment.prototypes), chosen, sketches))
+            parts.append((torch.from_numpy(segment.parts["prototypes"]), chosen, sketches))
         if parts:
             tables, rows_of, small = zip(*parts, strict=True)
             pack = Pack(dict(signature), tuple(names), tuple(prints), tables, rows_of, small)

@@ -1,9 +1,12 @@
 """Segments: what was computed for some experts of one signature, in a file that never changes.
 
-    derived/prototypes/<recipe>-<key>/<rows>.safetensors
+    derived/<folder>/<recipe>-<key>/<rows>.safetensors
 
     signature    (bytes,)          U8    JSON, the shape of each module: {name: [d_out, d_in], ...}
     digests      (n, 32)           U8    of the experts' manifests
+
+and what the `Form` of the folder says; in `prototypes`, which is what routing looks at:
+
     fingerprints (n, 32)           U8    of their updates, see `Expert.fingerprint`
     prototypes   (n, W)            F32   module after module in that order, W the sum of their d_in
     sketches     (module, n, SIZE) F32   each module's prototypes in SIZE dimensions
@@ -36,8 +39,8 @@ import numpy as np
 from adaptlib.errors import AdaptlibError, CorruptError, NotFoundError
 from adaptlib.experts.tensors import RawTensor, encode, map_file, parse_json, read_tensors
 
-RECIPE = "1"  # what a row holds; another recipe has other folders
-SIZE = 128  # dimensions of a sketch
+RECIPE = "1"
+SIZE = 128  # dimensions of a sketch of a prototype
 FULL = 128 * 1024 * 1024  # bytes
 DAY = 24 * 60 * 60  # seconds
 
@@ -46,34 +49,54 @@ Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by module, sorted
 
 @final
 @dataclass(frozen=True, eq=False)
-class Segment:
-    """`digests` and `fingerprints` (n, 32), `prototypes` (n, W) and `sketches` (module, n, SIZE);
-    mapped from `path` where there is one."""
+class Form:
+    """What segments of one kind hold beside the digests. `parts` gives, by name, a dtype and the
+    shape for some modules, in which -1 is the axis of the experts."""
 
+    folder: str
+    recipe: str  # what a row holds; another recipe has other folders
+    parts: Mapping[str, tuple[str, Callable[[Shapes], tuple[int, ...]]]]
+
+    def axis(self, part: str) -> int:
+        """Which axis of a part is that of the experts."""
+        return self.parts[part][1]({}).index(-1)
+
+
+PROTOTYPES = Form(
+    "prototypes",
+    RECIPE,
+    {
+        "fingerprints": ("U8", lambda _: (-1, 32)),
+        "prototypes": ("F32", lambda shapes: (-1, sum(d_in for _, d_in in shapes.values()))),
+        "sketches": ("F32", lambda shapes: (len(shapes), -1, SIZE)),
+    },
+)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """`digests` (n, 32), and the `parts` that its form says; mapped from `path` where there is
+    one."""
+
+    form: Form
     digests: np.ndarray
-    fingerprints: np.ndarray
-    prototypes: np.ndarray
-    sketches: np.ndarray
+    parts: Mapping[str, np.ndarray]
     path: Path | None = None
 
     @classmethod
     def of(
-        cls,
-        digests: Iterable[str],
-        fingerprints: Iterable[str],
-        prototypes: np.ndarray,
-        sketches: np.ndarray,
+        cls, digests: Iterable[str], parts: Mapping[str, np.ndarray], form: Form = PROTOTYPES
     ) -> "Segment":
-        """A segment in memory, of digests and fingerprints as text."""
-        hashes = [digest.removeprefix("sha256:") for digest in digests]
-        return cls(_table(hashes), _table(fingerprints), prototypes, sketches)
+        """A segment in memory, of digests as text."""
+        return cls(form, hash_table(digest.removeprefix("sha256:") for digest in digests), parts)
 
     def __len__(self) -> int:
         return len(self.digests)
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, part).nbytes for part in _PARTS)
+        return self.digests.nbytes + sum(part.nbytes for part in self.parts.values())
 
     def names(self) -> list[str]:
         """The digests as text."""
@@ -81,10 +104,11 @@ class Segment:
 
     def prints(self) -> list[str]:
         """The fingerprints as text."""
-        return _texts(self.fingerprints)
+        return _texts(self.parts["fingerprints"])
 
 
-def _table(hashes: Iterable[str]) -> np.ndarray:
+def hash_table(hashes: Iterable[str]) -> np.ndarray:
+    """SHA-256s in hexadecimal as rows of 32 bytes."""
     rows = b"".join(bytes.fromhex(text) for text in hashes)
     return np.frombuffer(rows, dtype=np.uint8).reshape(-1, 32)
 
@@ -97,25 +121,26 @@ def _texts(table: np.ndarray) -> list[str]:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def read_segments(root: Path) -> list[tuple[Shapes, list[Segment]]]:
-    """All segments of this recipe below `root`, those of one signature together. What is broken is
+def read_segments(root: Path, form: Form = PROTOTYPES) -> list[tuple[Shapes, list[Segment]]]:
+    """All segments of this form below `root`, those of one signature together. What is broken is
     left out."""
     found: list[tuple[Shapes, list[Segment]]] = []
-    for folder in sorted(root.glob(f"{RECIPE}-*")):
-        shapes, segments = _read_folder(folder)
+    for folder in sorted(root.glob(f"{form.recipe}-*")):
+        shapes, segments = read_folder(folder, form)
         if segments:
             found.append((shapes, segments))
     return found
 
 
-def _read_folder(folder: Path) -> tuple[Shapes, list[Segment]]:
+def read_folder(folder: Path, form: Form) -> tuple[Shapes, list[Segment]]:
+    """The segments in one folder, and the shapes of their modules."""
     shapes: Shapes = {}
     segments: list[Segment] = []
     for _ in range(3):
         segments, gone = [], False
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                shapes, segment = _read(path)
+                shapes, segment = _read(path, form)
                 segments.append(segment)
             except NotFoundError:  # another process has just merged it: what it made is there now
                 gone = True
@@ -126,30 +151,24 @@ def _read_folder(folder: Path) -> tuple[Shapes, list[Segment]]:
     return shapes, segments
 
 
-def _read(path: Path) -> tuple[Shapes, Segment]:
+def _read(path: Path, form: Form = PROTOTYPES) -> tuple[Shapes, Segment]:
     tensors = read_tensors(str(path), map_file(path))
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if found.keys() != {"signature", *_PARTS}:
+    if found.keys() != {"signature", "digests", *form.parts}:
         raise CorruptError(f"{path} is no segment: it has the tensors {', '.join(found)[:200]}")
     signature = tensors["signature"].numpy().tobytes()
     shapes = _parse(path, signature)
-    n, width = found["digests"][1][:1], sum(d_in for _, d_in in shapes.values())
-    wanted = {
-        "signature": ("U8", (len(signature),)),
-        "digests": ("U8", (*n, 32)),
-        "fingerprints": ("U8", (*n, 32)),
-        "prototypes": ("F32", (*n, width)),
-        "sketches": ("F32", (len(shapes), *n, SIZE)),
-    }
-    if found != wanted or n == (0,):
+    n = found["digests"][1][0] if found["digests"][1] else 0
+    wanted = {"signature": ("U8", (len(signature),)), "digests": ("U8", (n, 32))}
+    for part, (dtype, shape) in form.parts.items():
+        wanted[part] = (dtype, tuple(n if side == -1 else side for side in shape(shapes)))
+    if found != wanted or n == 0:
         raise CorruptError(f"{path} is no segment: its tensors do not fit its signature")
-    segment = Segment(*(tensors[part].numpy() for part in _PARTS), path=path)
-    if (path.parent.name, path.name) != (_folder_name(signature), _file_name(segment)):
+    parts = {part: tensors[part].numpy() for part in form.parts}
+    segment = Segment(form, tensors["digests"].numpy(), parts, path)
+    if (path.parent.name, path.name) != (_folder_name(signature, form), _file_name(segment)):
         raise CorruptError(f"{path} does not hold what its name says")
     return shapes, segment
-
-
-_PARTS = {"digests": "U8", "fingerprints": "U8", "prototypes": "F32", "sketches": "F32"}
 
 
 def _parse(path: Path, signature: bytes) -> Shapes:
@@ -164,8 +183,8 @@ def _signature(shapes: Shapes) -> bytes:
     return json.dumps(dict(sorted(shapes.items())), separators=(",", ":")).encode()
 
 
-def _folder_name(signature: bytes) -> str:
-    return f"{RECIPE}-{hashlib.sha256(signature).hexdigest()[:32]}"
+def _folder_name(signature: bytes, form: Form) -> str:
+    return f"{form.recipe}-{hashlib.sha256(signature).hexdigest()[:32]}"
 
 
 def _file_name(segment: Segment) -> str:
@@ -181,11 +200,13 @@ def write_segment(root: Path, shapes: Shapes, segment: Segment) -> Segment:
     """Put a segment in its place and map it. Where it cannot be written it stays in memory: a
     library may be for reading only, or its disk full."""
     signature = _signature(shapes)
-    path = root / _folder_name(signature) / _file_name(segment)
+    path = root / _folder_name(signature, segment.form) / _file_name(segment)
     partial = path.with_name(f".{path.stem}.{os.getpid()}-{time.time_ns()}.partial")
     tensors = {"signature": RawTensor("U8", (len(signature),), memoryview(signature))}
-    for part, dtype in _PARTS.items():
-        array = np.ascontiguousarray(getattr(segment, part))
+    dtypes = {"digests": "U8"} | {part: dtype for part, (dtype, _) in segment.form.parts.items()}
+    for part, dtype in dtypes.items():
+        array = segment.digests if part == "digests" else segment.parts[part]
+        array = np.ascontiguousarray(array)
         tensors[part] = RawTensor(dtype, array.shape, array.reshape(-1).data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +218,7 @@ def write_segment(root: Path, shapes: Shapes, segment: Segment) -> Segment:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        return _read(path)[1]
+        return _read(path, segment.form)[1]
     except (OSError, NotFoundError):  # the second where gc has just removed it
         return segment
 
@@ -251,38 +272,39 @@ def _join(segments: Sequence[Segment], kept: Collection[str]) -> Segment:
         rows.append([i for i, name in enumerate(names) if name in kept and name not in seen])
         seen |= {names[i] for i in rows[-1]}
     first, n = segments[0], len(seen)
-    digests, prints = np.empty((2, n, 32), np.uint8)
-    prototypes = np.empty((n, first.prototypes.shape[1]), np.float32)
-    sketches = np.empty((len(first.sketches), n, SIZE), np.float32)
-    begin = 0
-    for segment, index in zip(segments, rows, strict=True):
-        end = begin + len(index)
-        digests[begin:end] = segment.digests[index]
-        prints[begin:end] = segment.fingerprints[index]
-        np.take(segment.prototypes, index, axis=0, out=prototypes[begin:end], mode="clip")
-        for i, part in enumerate(segment.sketches):
-            np.take(part, index, axis=0, out=sketches[i, begin:end], mode="clip")
-        begin = end
-    return Segment(digests, prints, prototypes, sketches)
+    digests = np.concatenate([s.digests[index] for s, index in zip(segments, rows, strict=True)])
+    parts: dict[str, np.ndarray] = {}
+    for part, example in first.parts.items():
+        axis = first.form.axis(part)
+        shape = (*example.shape[:axis], n, *example.shape[axis + 1 :])
+        parts[part] = np.empty(shape, example.dtype)
+        begin = 0
+        for segment, index in zip(segments, rows, strict=True):
+            end = begin + len(index)
+            for place in np.ndindex(shape[:axis]):
+                source, target = segment.parts[part][place], parts[part][place]
+                np.take(source, index, axis=0, out=target[begin:end], mode="clip")
+            begin = end
+    return Segment(first.form, digests, parts)
 
 
 # -- upkeep ---------------------------------------------------------------------------------------
 
 
-def forget_prototypes(
-    library: Path, kept: Collection[str], *, dry_run: bool = False
+def forget_rows(
+    library: Path, kept: Collection[str], form: Form = PROTOTYPES, *, dry_run: bool = False
 ) -> tuple[int, int]:
-    """Give back what the prototypes of experts that are not in `kept` take, digests as text;
+    """Give back what the rows of experts that are not in `kept` take, digests as text;
     (rows, bytes). A file is written again without them once they are half of it or more. Broken
     files, other recipes' and writes that were left unfinished a day ago go too."""
-    root, keep = library / "derived" / "prototypes", set(kept)
+    root, keep = library / "derived" / form.folder, set(kept)
     count = size = 0
     for path in sorted(root.glob("*/*")):
         try:
             state = path.stat()
             if path.suffix == ".partial" and time.time() - state.st_mtime < DAY:
                 continue
-            shapes, segment = _read(path)
+            shapes, segment = _read(path, form)
         except NotFoundError:  # merged just now
             continue
         except AdaptlibError:

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptlib.errors import UsageError
-from adaptlib.experts.delta import Delta, fix_sign, projection
+from adaptlib.experts.delta import Delta, fix_sign
 from adaptlib.experts.lora import LoRADelta
+from adaptlib.experts.projection import sketch_sparse
 
 CHUNK = 1 << 18  # entries handled at once where an intermediate is (entries, rank or size)
 
@@ -142,14 +143,9 @@ class SparseDelta(Delta):
         return products[shared].sum().item()
 
     def sketch(self, *, seed: int = 0, size: int = 16) -> Float[Tensor, "size size"]:
-        rows, cols, values = self.entries()
-        left = projection(seed, "out", self.shape[0], size).to(values.device)
-        right = projection(seed, "in", self.shape[1], size).to(values.device)
-        total = torch.zeros(size, size, device=values.device)
-        for i in range(0, len(values), CHUNK):
-            r, c = rows[i : i + CHUNK], cols[i : i + CHUNK]
-            total += (left[:, r] * values[i : i + CHUNK].float()) @ right[:, c].T
-        return total
+        index, values = self.index.cpu().numpy(), self.values.detach().float().cpu().numpy()
+        found = sketch_sparse(index, values, self.shape, seed=seed, size=size**2)
+        return torch.from_numpy(found).reshape(size, size).to(self.values.device)
 
 
 def _few_values(matrix: Any) -> Any:

@@ -16,7 +16,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,23 @@ class RawTensor:
         return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
 
 
+class Span(NamedTuple):
+    """Where a tensor is in its file, in bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    stop: int
+
+    @property
+    def params(self) -> int:
+        return (self.stop - self.begin) // DTYPES[self.dtype][0]
+
+    def cut(self, view: memoryview) -> RawTensor:
+        """The tensor, as a view into the bytes of the whole file."""
+        return RawTensor(self.dtype, self.shape, view[self.begin : self.stop])
+
+
 def map_file(path: Path) -> memoryview:
     """The bytes of a file, mapped, private and writable in memory (the file cannot change)."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
@@ -91,7 +108,13 @@ def map_file(path: Path) -> memoryview:
 
 
 def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
-    """The tensors of a safetensors file, sorted by name, as views into `view`.
+    """The tensors of a safetensors file, sorted by name, as views into `view`. Raises as `layout`
+    does."""
+    return {name: span.cut(view) for name, span in layout(source, view).items()}
+
+
+def layout(source: str, view: memoryview) -> dict[str, Span]:
+    """Where the tensors of a safetensors file are, sorted by name. Only its header is looked at.
 
     `source` names the file in errors. Raises CorruptError where the file is not what it says
     (truncated, wrong sizes, holes, trailing bytes) and RefusedError where it is over a limit or
@@ -131,17 +154,17 @@ def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
         raise RefusedError(
             f"{source} has {len(entries):,} tensors; at most {MAX_TENSORS:,} are read"
         )
-    data = view[8 + length :]
+    start, data = 8 + length, len(view) - 8 - length
     spans = {name: _span(source, name, entry) for name, entry in entries.items()}
     end = 0
     for name, (_, _, begin, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != end:
             raise CorruptError(f"{source}: tensor {name!r} begins at {begin}, expected {end}")
         end = stop
-    if end != len(data):
-        raise CorruptError(f"{source} holds {len(data):,} bytes of data; its header says {end:,}")
+    if end != data:
+        raise CorruptError(f"{source} holds {data:,} bytes of data; its header says {end:,}")
     return {
-        name: RawTensor(dtype, shape, data[begin:stop])
+        name: Span(dtype, shape, start + begin, start + stop)
         for name, (dtype, shape, begin, stop) in sorted(spans.items())
     }
 

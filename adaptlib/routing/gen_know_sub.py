@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 
 from adaptlib.errors import BaseMismatchError, RefusedError, UsageError
+from adaptlib.experts.arithmetic import weighted_sum
 from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
-from adaptlib.experts.sparse import SparseDelta
 
 On = Literal["updates", "factors"]
 
@@ -80,35 +80,10 @@ def _less(delta: Delta, others: Sequence[Delta], count: int, on: str) -> Delta:
     """`delta` less the mean of `others` and of `count - len(others)` zeros."""
     if not others:
         return delta
-    if isinstance(delta, LoRADelta):
+    if on == "factors":
+        assert isinstance(delta, LoRADelta)
         loras = [other for other in others if isinstance(other, LoRADelta)]
-        if on == "factors":
-            a = delta.a.float() - torch.stack([o.a.float() for o in loras]).sum(0) / count
-            b = delta.b.float() - torch.stack([o.b.float() for o in loras]).sum(0) / count
-            return LoRADelta(a, b, delta.scale)
-        a = torch.cat([d.a.float() for d in (delta, *loras)])
-        minus = [o.b.float() * (-o.scale / count) for o in loras]
-        return LoRADelta(a, torch.cat([delta.b.float() * delta.scale, *minus], dim=1))
-    assert isinstance(delta, SparseDelta)
-    return _less_sparse([delta, *(o for o in others if isinstance(o, SparseDelta))], count)
-
-
-def _less_sparse(deltas: Sequence[SparseDelta], count: int) -> SparseDelta:
-    """The first less the sum of the others over `count`: in blocks where all of them are, else
-    entry by entry."""
-    block, shape = deltas[0].block, deltas[0].shape
-    if any(delta.block != block for delta in deltas):
-        block = 1
-    places, values = [], []
-    for delta in deltas:
-        if delta.block == block:
-            places.append(delta.index.long())
-            values.append(delta.values.float())
-        else:
-            rows, cols, entries = delta.entries()
-            places.append(rows * shape[1] + cols)
-            values.append(entries.float())
-    signed = [values[0], *(-value / count for value in values[1:])]
-    index, where = torch.cat(places).unique(return_inverse=True)  # sorted
-    total = signed[0].new_zeros(len(index), *signed[0].shape[1:])
-    return SparseDelta(index, total.index_add_(0, where, torch.cat(signed)), shape, block)
+        a = delta.a.float() - torch.stack([o.a.float() for o in loras]).sum(0) / count
+        b = delta.b.float() - torch.stack([o.b.float() for o in loras]).sum(0) / count
+        return LoRADelta(a, b, delta.scale)
+    return weighted_sum([delta, *others], [1.0, *([-1 / count] * len(others))])

@@ -1,11 +1,13 @@
 """Running commands, and a library and a base model for them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from adaptlib.cli.main import invoke
 
 from adaptlib.experts import Expert, Library
@@ -86,3 +88,28 @@ def routed_library(tmp_path: Path, base_model: Path) -> Library:
             )
         library.add(Expert(str(base_model), deltas), f"e{i}")
     return library
+
+
+@pytest.fixture(scope="session")
+def merge_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two LoRA and two sparse experts; zero has updates of zero, apart no module of the others,
+    stranger another base model."""
+    directory = tmp_path_factory.mktemp("merge") / "library"
+    library = Library.open(directory, create=True)
+    for i, name in enumerate(("one", "two")):
+        library.add(tiny.make_expert(i, task=f"task {i}"), name)
+    for i, name in enumerate(("few", "some")):
+        library.add(tiny.make_expert(2 + i, kind="sparse"), name)
+    nothing = {module: tiny.lora(0) for module in ("layers.0.proj", "layers.1.proj")}
+    zero = {m: type(d)(d.a, torch.zeros_like(d.b), d.scale) for m, d in nothing.items()}
+    library.add(Expert("org/base", zero), "zero")
+    library.add(Expert("org/base", {"other.proj": tiny.lora(5)}), "apart")
+    library.add(tiny.make_expert(6, base="org/other"), "stranger")
+    library.tag("one", "uno")
+    return directory
+
+
+@pytest.fixture
+def merge_library(tmp_path: Path, merge_kept: Path) -> Library:
+    shutil.copytree(merge_kept, tmp_path / "library")
+    return Library.open(tmp_path / "library")

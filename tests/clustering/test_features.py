@@ -184,7 +184,7 @@ def test_one_base_name_and_two_shapes():
         features({"x": expert(8), "y": expert(16)})
 
 
-@pytest.mark.parametrize("kind", ["factors", "sketches"])
+@pytest.mark.parametrize("kind", ["factors", "gram", "sketches"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_is_refused_by_name(make_expert, kind, bad):
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def test_nan_is_refused_by_name(make_expert, kind, bad):
 
 def test_bad_options(make_expert):
     experts = {"x": make_expert(torch.Generator().manual_seed(0))}
-    with pytest.raises(UsageError, match="auto, factors or sketches; got 'weights'"):
+    with pytest.raises(UsageError, match="auto, factors, gram or sketches; got 'weights'"):
         features(experts, "weights")
     with pytest.raises(UsageError, match="got 0"):
         sketch_features(experts, size=0)

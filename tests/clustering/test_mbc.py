@@ -220,7 +220,7 @@ def test_other_bad_input(lora_families, make_expert):
     for k in (10, "auto"):
         with pytest.raises(UsageError, match="no experts"):
             mbc({}, k)
-    with pytest.raises(UsageError, match="no clustering is called 'kmeans'; there are mbc, random"):
+    with pytest.raises(UsageError, match="no clustering is called 'kmeans'; there are aggl"):
         cluster(experts, method="kmeans")
     for sparsity in (-0.1, 1.0, float("nan")):
         with pytest.raises(UsageError, match="sparsity is a share"):

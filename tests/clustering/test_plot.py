@@ -1,13 +1,16 @@
 """The map: the same bytes each time, every name on it, no two names on one spot."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from adaptlib.clustering import cluster, plot_map
-from adaptlib.clustering.plot import plane
+from adaptlib.clustering import cluster
+from adaptlib.clustering.features import Features
+from adaptlib.clustering.plot import plane, plot, plot_map
+from adaptlib.clustering.plot_layout import place, sample
 from adaptlib.errors import NotFoundError, UsageError
 
 
@@ -45,7 +48,7 @@ def test_every_name_and_group_is_on_it(crowd, tmp_path):
 
 
 def test_no_two_names_overlap(crowd, monkeypatch, tmp_path):
-    import adaptlib.clustering.plot as module
+    import adaptlib.clustering.plot_names as module
 
     boxes = []
     spot = module._spot
@@ -108,6 +111,130 @@ def test_unlike_groups_are_kept_apart():
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     assert distances[~np.eye(12, dtype=bool)].min() > 0.3
     assert np.linalg.norm(plane(similarity)[0] - plane(similarity)[1]) < 0.01
+
+
+def many(n, k, method="mbc", groups=40):
+    """`n` experts by rows alone."""
+    random = np.random.default_rng(0)
+    rows = np.repeat(random.standard_normal((groups, 80)), -(-n // groups), axis=0)[:n]
+    rows = (rows + 0.5 * random.standard_normal(rows.shape)).astype(np.float32)
+    names = tuple(f"e{i:05}" for i in range(n))
+    return cluster(Features(names, rows, "sketches", "experts are sparse"), method=method, k=k)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+@pytest.mark.parametrize(
+    "how", [{"kind": "tree"}, {"kind": "heat"}, {"layout": "pca"}, {"layout": "tsne"}], ids=str
+)
+def test_every_picture_is_the_same_bytes_each_time(crowd, tmp_path, how, suffix):
+    labels = {"0": "words of zero"}
+    one, other = (plot(crowd, tmp_path / f"{i}.{suffix}", labels=labels, **how) for i in range(2))
+    assert one.read_bytes() == other.read_bytes()
+    if suffix == "svg":
+        written = texts(one)
+        assert any("0  words of zero  (9)" in text for text in written)
+        assert any(text.startswith("40 experts in 7 groups by mbc") for text in written)
+        assert set(crowd.names) <= set(written)
+
+
+@pytest.mark.parametrize("kind", ["map", "tree", "heat"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_every_picture_of_few_and_equal_experts(lora_families, tmp_path, kind, n):
+    experts = dict(list(lora_families()[0].items())[:n])
+    for shown in (experts, dict.fromkeys(experts, next(iter(experts.values())))):
+        found = cluster(shown, k=1)
+        if (kind, n) == ("tree", 1):
+            with pytest.raises(UsageError, match="a tree is made of two experts or more"):
+                plot(found, tmp_path / "x.svg", kind=kind)
+            assert not list(tmp_path.iterdir())
+            continue
+        for layout in ("mds", "pca", "tsne") if kind == "map" else ("mds",):
+            written = texts(plot(found, tmp_path / "x.svg", kind=kind, layout=layout))
+            assert set(experts) <= set(written)
+
+
+@pytest.mark.parametrize("kind", ["map", "tree", "heat"])
+def test_outliers_are_there(tmp_path, kind):
+    found = many(60, 3, "hdbscan", groups=4)
+    found = replace(
+        found,
+        outliers=found.names[:2],
+        clusters={
+            label: [name for name in names if name not in found.names[:2]]
+            for label, names in found.clusters.items()
+        },
+    )
+    written = texts(plot(found, tmp_path / "x.svg", kind=kind))
+    assert "outliers  (2)" in written
+    assert any("2 outliers" in text for text in written)
+    assert set(found.outliers) <= set(written)
+
+
+def test_many_experts_have_the_names_of_their_groups(tmp_path):
+    found = many(450, 5)
+    labels = {str(i): f"word{i}" for i in range(5)}
+    written = texts(plot(found, tmp_path / "x.svg", labels=labels))
+    assert "0  word0" in written
+    assert not set(found.names) & set(written)
+    assert any("450 are too many for mds" in text for text in written)
+    drawn = (tmp_path / "x.svg").read_text().count("<use")
+    assert drawn >= 450  # every expert has its point
+
+
+def test_a_tree_of_many_has_branches_for_leaves(tmp_path):
+    found = many(450, 40)
+    written = texts(plot(found, tmp_path / "x.svg", kind="tree", labels={"0": "some words"}))
+    counts = [
+        int(c) for text in written for c in re.findall(r"^\d+(?:  [\w ]+)?  \((\d+)\)$", text)
+    ]
+    assert sum(counts) > 450 * 0.8  # leaves, and the legend
+    assert any("a leaf is a branch" in text for text in written)
+
+
+@pytest.mark.parametrize("kind", ["tree", "heat"])
+def test_what_is_shown_of_thousands_is_said(tmp_path, kind):
+    found = many(2500, 6)
+    written = texts(plot(found, tmp_path / "x.svg", kind=kind))
+    (note,) = [text for text in written if "evenly from each group" in text]
+    shown = int(re.search(r"([\d,]+) of 2,500 experts", note)[1].replace(",", ""))
+    assert abs(shown - (2000 if kind == "tree" else 1000)) < 10
+
+
+def test_a_cut_of_the_tree_is_that_of_the_groups(tmp_path, monkeypatch):
+    """Left of the dashed line there are k - 1 joints, and each group is joined right of it."""
+    import adaptlib.clustering.plot_tree as module
+
+    seen = []
+    monkeypatch.setattr(module.Axes, "axvline", lambda self, at, **_: seen.append(at))
+    found = many(60, 4, "agglomerative", groups=4)
+    plot(found, tmp_path / "x.png", kind="tree")
+    assert (found.tree[:, 2] > seen[0]).sum() == 3
+
+
+def test_a_sample_has_some_of_each_group():
+    groups = np.repeat([0, 1, 2], [1000, 100, 1])
+    chosen = sample(groups, 110)
+    assert np.bincount(groups[chosen]).tolist() == [100, 10, 1]
+    assert sample(groups, 1101).tolist() == list(range(1101))
+    assert np.array_equal(chosen, sample(groups, 110))
+
+
+def test_neighbours_stay_neighbours_in_every_layout():
+    found = many(120, 4, groups=4)
+    group = {name: label for label, names in found.clusters.items() for name in names}
+    labels = np.array([group[name] for name in found.names])
+    for layout in ("mds", "pca", "tsne"):
+        points, _ = place(found.unit, layout)
+        gaps = np.linalg.norm(points[:, None] - points[None], axis=2)
+        np.fill_diagonal(gaps, np.inf)
+        assert (labels[gaps.argmin(axis=1)] == labels).mean() == 1
+    with pytest.raises(UsageError, match="no layout is called 'umap'; there are mds, pca, tsne"):
+        place(found.unit, "umap")
+
+
+def test_an_unknown_picture(crowd, tmp_path):
+    with pytest.raises(UsageError, match="no picture is called 'pie'; there are map, tree, heat"):
+        plot(crowd, tmp_path / "x.svg", kind="pie")
 
 
 def test_another_suffix_and_a_directory_that_is_not_there(crowd, tmp_path):

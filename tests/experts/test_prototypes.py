@@ -22,7 +22,7 @@ from adaptlib.experts.segments import (
     SIZE,
     Segment,
     compact,
-    forget_prototypes,
+    forget_rows,
     merged,
     read_segments,
     write_segment,
@@ -431,7 +431,7 @@ def test_a_segment_that_another_process_has_just_merged(
     reads.clear()
     read, merging = segments._read, [True]
 
-    def late(path: Path) -> Any:
+    def late(path: Path, form: Any) -> Any:
         if merging.pop() if merging else False:  # after the folder was listed
             root = path.parents[1]
             ((shapes, parts),) = read_segments(root)
@@ -440,7 +440,7 @@ def test_a_segment_that_another_process_has_just_merged(
             for part in parts:
                 assert part.path is not None
                 part.path.unlink()
-        return read(path)
+        return read(path, form)
 
     monkeypatch.setattr(segments, "_read", late)
     exact(catalogue(local), held)
@@ -477,16 +477,16 @@ def test_forgetting_what_no_name_leads_to(local: Library, reads: list[str]) -> N
     held = fill(local)
     catalogue(local)
     assert local.path is not None
-    assert forget_prototypes(local.path, local.tags().values()) == (0, 0)
+    assert forget_rows(local.path, local.tags().values()) == (0, 0)
     for name in ("other", "w0", "e0", "e1", "e2"):
         local.remove(name)
         del held[name]
     kept = local.tags().values()
     size = sum(path.stat().st_size for path in files(local))
-    count, freed = forget_prototypes(local.path, kept, dry_run=True)
+    count, freed = forget_rows(local.path, kept, dry_run=True)
     assert count == 4  # not w0: most of its file is in use
     assert (rows(local), len(files(local))) == (10, 3)
-    assert forget_prototypes(local.path, kept) == (count, freed)
+    assert forget_rows(local.path, kept) == (count, freed)
     assert rows(local) == 6
     assert len(files(local)) == 2
     assert 0 < freed <= size - sum(path.stat().st_size for path in files(local))
@@ -506,16 +506,16 @@ def test_forgetting_what_cannot_be_used(local: Library) -> None:
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     folder = first.parent.with_name("0-" + "f" * 32)
     shutil.copytree(first.parent, folder)
-    assert forget_prototypes(local.path, kept, dry_run=True)[1] > 150
+    assert forget_rows(local.path, kept, dry_run=True)[1] > 150
     assert old.exists()
-    assert forget_prototypes(local.path, kept)[0] == 0
+    assert forget_rows(local.path, kept)[0] == 0
     assert not old.exists()
     assert young.exists()
     assert not first.with_name("broken.safetensors").exists()
     assert [path.name for path in folder.glob("*")] in ([], ["." + "young.partial"])
     exact(catalogue(local), held)
     shutil.rmtree(local.path / "derived")
-    assert forget_prototypes(local.path, kept) == (0, 0)
+    assert forget_rows(local.path, kept) == (0, 0)
 
 
 def test_merging_drops_what_no_name_leads_to(local: Library) -> None:
