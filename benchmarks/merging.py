@@ -72,7 +72,10 @@ MERGEKIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dare_linear": ({"density": DENSITY}, {"density": DENSITY} | ALL),
     "dare_ties": ({"density": DENSITY}, {"density": DENSITY} | ALL),
     "breadcrumbs": ({"density": 0.09, "gamma": 0.01}, {"beta": 0.9, "gamma": 0.99} | ALL),
-    "della": ({"density": 0.4, "epsilon": 0.1}, ALL),
+    "della": (
+        {"density": DENSITY, "epsilon": 0.1},
+        {"density": DENSITY, "epsilon": 0.1} | ALL,
+    ),
 }
 
 

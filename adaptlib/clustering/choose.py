@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from adaptlib.clustering.similarity import Embedding
+from adaptlib.clustering.similarity import Embedding, threads
 
 SAMPLE = 2000  # experts that a silhouette and a search for k look at, where there are more
 SEARCHED = 1000  # experts that the search for k looks at, where there are more
@@ -85,28 +85,9 @@ def candidates(experts: Embedding, method: Method, *, seed: int = 0) -> tuple[Ca
     Both figures are above chance, (x - c) / (1 - c): c is what they are, with as many groups, for
     experts of the same spread that have none (their components shuffled, each on its own).
     """
-    if len(experts) > SEARCHED:
-        rows = np.random.default_rng(0).choice(len(experts), SEARCHED, replace=False)
-        experts = experts.subset(np.sort(rows))
-    half = 2 if len(experts) > FEW else 1
-    chances = [_shuffled(experts, draw) for draw in range(CHANCES // half)]
-    found: list[Candidate] = []
-    for k in _numbers(len(experts)):
-        labels = method(experts, k, seed=seed, starts=STARTS)
-        parted = silhouette(experts, labels)
-        number = len(np.unique(labels))
-        if parted is None or any(number == other.k for other in found):
-            continue
-        stable = stability(experts, method, number, seed=seed, labels=labels, draws=DRAWS // half)
-        by_chance = np.zeros((len(chances), 2))
-        for row, other in zip(by_chance, chances, strict=True):
-            labels = method(other, k, seed=seed, starts=1)
-            again = stability(other, method, k, seed=seed, labels=labels, draws=1, starts=1)
-            row[:] = silhouette(other, labels) or 0.0, again or 0.0
-        chance = np.minimum(by_chance.mean(axis=0), 0.99)
-        above = (np.array([parted, stable or 0.0]) - chance) / (1 - chance)
-        found.append(Candidate(number, *above.tolist()))
-    return tuple(found)
+    # Hundreds of small problems: threads that wait for each other would take most of the time.
+    with threads().limit(limits=1):
+        return _candidates(experts, method, seed)
 
 
 def best_k(experts: Embedding, method: Method, *, seed: int = 0) -> int:
@@ -137,3 +118,28 @@ def _shuffled(experts: Embedding, draw: int) -> Embedding:
     unit = random.permuted(experts.unit, axis=0)
     norm = np.linalg.norm(unit, axis=1, keepdims=True)
     return Embedding.of(experts.names, unit / np.where(norm == 0, 1.0, norm))
+
+
+def _candidates(experts: Embedding, method: Method, seed: int) -> tuple[Candidate, ...]:
+    if len(experts) > SEARCHED:
+        rows = np.random.default_rng(0).choice(len(experts), SEARCHED, replace=False)
+        experts = experts.subset(np.sort(rows))
+    half = 2 if len(experts) > FEW else 1
+    chances = [_shuffled(experts, draw) for draw in range(CHANCES // half)]
+    found: list[Candidate] = []
+    for k in _numbers(len(experts)):
+        labels = method(experts, k, seed=seed, starts=STARTS)
+        parted = silhouette(experts, labels)
+        number = len(np.unique(labels))
+        if parted is None or any(number == other.k for other in found):
+            continue
+        stable = stability(experts, method, number, seed=seed, labels=labels, draws=DRAWS // half)
+        by_chance = np.zeros((len(chances), 2))
+        for row, other in zip(by_chance, chances, strict=True):
+            labels = method(other, k, seed=seed, starts=1)
+            again = stability(other, method, k, seed=seed, labels=labels, draws=1, starts=1)
+            row[:] = silhouette(other, labels) or 0.0, again or 0.0
+        chance = np.minimum(by_chance.mean(axis=0), 0.99)
+        above = (np.array([parted, stable or 0.0]) - chance) / (1 - chance)
+        found.append(Candidate(number, *above.tolist()))
+    return tuple(found)

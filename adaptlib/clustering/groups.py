@@ -15,9 +15,8 @@ from jaxtyping import Int
 from scipy.cluster.hierarchy import fcluster
 from sklearn.cluster import HDBSCAN, KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
-from threadpoolctl import threadpool_limits
 
-from adaptlib.clustering.similarity import Embedding
+from adaptlib.clustering.similarity import Embedding, threads
 
 SAID = ("task", "description", "instruction", "examples")  # what `text` reads of a card
 FEW = 1000  # experts
@@ -129,7 +128,7 @@ def _kmeans(
     )
     # A small problem is solved ten times as fast by one thread as by some that wait for each other
     # on a busy machine.
-    with threadpool_limits(limits=1 if points.shape[0] <= FEW else None, user_api="openmp"):
+    with threads().limit(limits=1 if points.shape[0] <= FEW else None, user_api="openmp"):
         return means.fit_predict(points).astype(np.int64)
 
 

@@ -7,12 +7,13 @@ the rows of P = E (EᵀE)^½ has the same distances, with 64 columns for any num
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, final
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.utils.extmath import randomized_svd
+from threadpoolctl import ThreadpoolController
 
 COMPONENTS = 64
 CHUNK = 1 << 20  # entries handled at once in float64
@@ -200,7 +201,7 @@ def _unit(
         same = unit[i : i + step] @ unit.T >= 1 - SAME
         first[i : i + step] = same.argmax(axis=1)
     first[zero] = zero.argmax() if zero.any() else 0
-    return unit[first]
+    return unit
 
 
 def feature_axes(
@@ -258,3 +259,9 @@ def _gram(
         kept = kept.astype(np.float64)
         gram += kept @ kept.T
     return gram
+
+
+@cache
+def threads() -> ThreadpoolController:
+    """What limits the threads of BLAS and OpenMP; to find them takes as long as a small K-means."""
+    return ThreadpoolController()
