@@ -40,6 +40,7 @@ def merging_part(done: Mapping[str, Any]) -> list[str]:
         *_verdict(most, into, out),
         *_table(most, into, out),
         *_best(most, into, out),
+        *_both(most, into, out),
         *_by_count(cells, done),
         *_small(most, into, out),
         *_own(lines, done),
@@ -47,7 +48,13 @@ def merging_part(done: Mapping[str, Any]) -> list[str]:
 
 
 def _hits(line: Line, which: str, tasks: Sequence[str]) -> list[np.ndarray]:
-    return [np.array([int(hit) for hit in line[which][task]]) for task in tasks]
+    return [np.array([int(hit) for hit in unpacked(line[which][task])]) for task in tasks]
+
+
+def unpacked(hits: str) -> str:
+    """ "4:3" is "0011"."""
+    rows, bits = hits.split(":")
+    return f"{int(bits, 16):0{int(rows)}b}"
 
 
 def _value(line: Line, which: str, tasks: Sequence[str]) -> float:
@@ -175,6 +182,40 @@ def _best(lines: Sequence[Line], into: Sequence[str], out: Sequence[str]) -> lis
             f"The best held-out is {_title(held_out)}: {_said(interval(_hits(held_out, 'tuned', out)))} "
             f"(held-in {_value(held_out, 'tuned', into):.3f}).",
         ]
+    return [*text, ""]
+
+
+# What does well on both in the tables, against what the paper compares.
+BOTH = (
+    ("full", "iso_c"),
+    ("full", "tsv"),
+    ("lora", "regmean"),
+    ("element", "regmean"),
+    ("element", "iso_c"),
+)
+AGAINST = (("element", "uniform_sparse"), ("lora", "linear"), ("full", "ties"))
+
+
+def _both(lines: Sequence[Line], into: Sequence[str], out: Sequence[str]) -> list[str]:
+    """Whether a merge wins on held-in and held-out tasks."""
+    text = [
+        "### Does anything win on both?",
+        "",
+        "Scaled; differences of the first less the second. The first were picked from the tables above, on the",
+        "same test rows: another set of experts would have to confirm them.",
+        "",
+        "| merge | against | held-in | held-out |",
+        "|---|---|---:|---:|",
+    ]
+    for pick in BOTH:
+        one = _find(lines, *pick)
+        for rival in AGAINST:
+            other = _find(lines, *rival)
+            if one is None or other is None:
+                continue
+            inside = _said(_difference(one, other, "tuned", into), sign=True)
+            outside = _said(_difference(one, other, "tuned", out), sign=True)
+            text.append(f"| {_title(one)} | {_title(other)} | {inside} | {outside} |")
     return [*text, ""]
 
 

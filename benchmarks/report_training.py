@@ -49,6 +49,12 @@ CONTROLS = {
     "text": "experts of text clusters",
     "random": "experts of random groups",
 }
+HOW = {
+    "mbc": "by MBC, 10 clusters of the LoRA experts' parameters",
+    "category": "by the 11 categories that people gave the tasks",
+    "text": "by the words of instructions and inputs (TF-IDF and K-means, 10 clusters)",
+    "random": "by chance, in 10 groups of MBC's sizes",
+}
 Tasks = Mapping[str, Mapping[str, Any]]
 
 
@@ -299,9 +305,8 @@ def _groupings_part(real: Tasks, tasks: Tasks) -> list[str]:
     lines = [
         "### What to group tasks by",
         "",
-        "One LoRA expert for each group, trained on the rows of all its tasks and scored on each of them: by",
-        "MBC (10 clusters), by the categories that people gave the tasks (11), by the words of their",
-        "instructions and inputs (TF-IDF and K-means, 10), and by chance, in groups of MBC's sizes.",
+        "One LoRA expert for each group, trained on the rows of all its tasks and scored on each of them.",
+        "Grouped " + "; ".join(HOW[name] for name in found) + ".",
         "",
         *_head(["grouping", "mean, 34 tasks", "less own LoRA expert", "hard controls"], texts=1),
     ]

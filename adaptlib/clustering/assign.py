@@ -57,12 +57,8 @@ def assign(
         raise UsageError(f"the clustering is by {clustering.features}; got features by {kind}")
     names, rows = place(clustering, experts, members)
     row_of = {name: i for i, name in enumerate(clustering.names)}
-    means = np.stack(
-        [
-            clustering.unit[[row_of[n] for n in held]].mean(0)
-            for held in clustering.clusters.values()
-        ]
-    )
+    rows_of = [[row_of[name] for name in held] for held in clustering.clusters.values()]
+    means = np.stack([clustering.unit[held].mean(axis=0) for held in rows_of])
     lengths = np.linalg.norm(means, axis=1)
     cosines = rows @ (means / np.where(lengths == 0, 1.0, lengths)[:, None]).T
     labels = list(clustering.clusters)

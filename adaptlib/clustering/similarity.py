@@ -201,7 +201,7 @@ def _unit(
         same = unit[i : i + step] @ unit.T >= 1 - SAME
         first[i : i + step] = same.argmax(axis=1)
     first[zero] = zero.argmax() if zero.any() else 0
-    return unit
+    return unit[first]
 
 
 def feature_axes(
