@@ -43,6 +43,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/prototypes.py
+	$(BIN)/python benchmarks/clustering.py --experts 1000
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/train_library.py
 	$(BIN)/python benchmarks/routing.py

@@ -120,7 +120,10 @@ def embed(
     count = min(COMPONENTS, *matrix.shape)
     if len(matrix) <= many:
         return from_gram(_gram(matrix, sparsity), count, seed=seed, alike=alike)
-    return _from_rows(matrix, count, sparsity, seed, alike)
+    # By one thread, which takes 10 seconds of its core for 10,000 experts of 28,672 numbers: two of
+    # them, on two cores that others used as well, waited for each other and took 60, and one 18.
+    with threads().limit(limits=1):
+        return _from_rows(matrix, count, sparsity, seed, alike)
 
 
 def from_gram(
