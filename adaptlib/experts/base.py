@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 DEMO_BASE = "adaptlib/demo-base"
 BUNDLE = Path(__file__).parent.parent / "demo" / "bundle"  # the model behind DEMO_BASE is in base/
+
+# transformers replaces a method of its class while it loads a model. Two loads at once, in threads,
+# can leave it replaced, and every model loaded later without its tied head.
+_LOADING = threading.Lock()
 
 # What makes two configs the same architecture. Other keys come and go with transformers' versions.
 _CONFIG_KEYS = (
@@ -186,17 +191,18 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
     source = str(where) if where is not None else name_or_path
     local = where is not None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, local_files_only=local, trust_remote_code=False
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype="auto",
-            local_files_only=local,
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=False,
-        )
+        with _LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=revision, local_files_only=local, trust_remote_code=False
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype="auto",
+                local_files_only=local,
+                use_safetensors=True,  # never a pickle
+                trust_remote_code=False,
+            )
     except OSError as error:
         if local:
             raise NotFoundError(f"the base model at {source} is incomplete: {error}") from error

@@ -228,3 +228,36 @@ def test_what_fits_is_silent(pin: Any) -> None:
 
 def test_no_test_goes_online() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_bases_that_are_loaded_at_once_keep_their_heads(monkeypatch):
+    """transformers disables tying while a model is loaded, by a method that it puts back: two loads
+    that overlap put back the wrong one. Here the first load waits in the middle for a second."""
+    import threading
+
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    from adaptlib.experts import base
+
+    tie, inside = PreTrainedModel.tie_weights, threading.Event()
+    real, overlaps, running = AutoModelForCausalLM.from_pretrained, [], []
+
+    def slow(*args, **options):
+        running.append(1)
+        overlaps.append(len(running))
+        inside.set()
+        threading.Event().wait(0.2)
+        try:
+            return real(*args, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    first = threading.Thread(target=base.load, args=(base.DEMO_BASE,))
+    first.start()
+    inside.wait()
+    model, _ = base.load(base.DEMO_BASE)
+    first.join()
+    assert overlaps == [1, 1]
+    assert PreTrainedModel.tie_weights is tie
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
