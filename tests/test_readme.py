@@ -45,9 +45,6 @@ def run(blocks: list[str], where: Path) -> Iterator[str]:
 
 def shape(text: str) -> list[str]:
     text = re.sub(r"[\d.]+k?(?= tok)|\d+(:\d\d)+", "#", text)  # how fast, how long
-    text = re.sub(
-        r"(?<=memory about )[\d.]+ [kMG]B", "#", text
-    )  # a process starts with its parent's peak
     text = re.sub(r"(?<=sha256:)[0-9a-f]+|\d+", "#", text)
     return [" ".join(re.sub(r"[█▏▎▍▌▋▊▉░▒▓]+", "", line).split()) for line in text.splitlines()]
 

@@ -3,7 +3,9 @@
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
 from adaptlib.experts.delta import Delta
@@ -83,6 +85,10 @@ def estimate(library: Library, recipe: Recipe, *, progress: Progress | None = No
 
 def peak_memory() -> int | None:
     """The most memory that this process has had, in bytes; None where nobody says."""
+    with suppress(OSError, ValueError):  # Linux; there ru_maxrss begins with the parent's peak
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
