@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from adaptlib.errors import BaseMismatchError, ConflictError, RefusedError, UsageError
@@ -148,6 +148,18 @@ class Routed:
             yield trace
         finally:
             self._session.traces[:] = [t for t in self._session.traces if t is not trace]
+
+    @contextmanager
+    def reading(self, prompt: Bool[Tensor, "sequence tok"]) -> Iterator[None]:
+        """Inside, only the tokens where `prompt` is true are what a choice for a whole sequence or
+        prompt is made from: for calls that hold answers as well, as scoring them does. Choices
+        for single tokens are as ever."""
+        self._check_attached()
+        self._session.reading = prompt
+        try:
+            yield
+        finally:
+            self._session.reading = None
 
     def detach(self) -> None:
         """Take the experts off; the model is exactly what it was. Does nothing the second time."""

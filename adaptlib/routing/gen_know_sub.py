@@ -31,7 +31,7 @@ def subtract(
     such experts alike, which tells a router nothing (the paper's adapters all have the same
     modules). A general expert that lacks a module counts as 0 in the mean there.
 
-    The card loses what is no longer true, its metrics and PEFT's config, and says under
+    The card loses what is no longer true, its metrics, gate and PEFT's config, and says under
     `subtracted` what was done. UsageError for no general experts or another `on`; RefusedError for
     LoRA and sparse experts together, and with `factors` for sparse experts, several ranks or
     scales; BaseMismatchError for other shapes.
@@ -49,9 +49,10 @@ def subtract(
             for other, value in others.items():
                 _check(f"{module} of {name}", delta, f"that of {other}", value, on)
             deltas[module] = _less(delta, list(others.values()), len(taken), on)
-        card = {key: value for key, value in expert.card.items() if key not in ("metrics", "peft")}
+        untrue = ("gate", "metrics", "peft")
+        card = {key: value for key, value in expert.card.items() if key not in untrue}
         card["subtracted"] = {"general": list(taken), "on": on}
-        found[name] = replace(expert, deltas=deltas, card=card)
+        found[name] = replace(expert, deltas=deltas, card=card, gates={})
     return found
 
 

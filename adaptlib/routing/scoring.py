@@ -115,7 +115,7 @@ class ScoringRouter(Router):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrototypeRouter(ScoringRouter):
     """A router that keeps one direction of each expert at each module, `prototypes`, a row for each
-    of `columns`, and scores a token by |x · v_i|; x is not normalised."""
+    of `columns`, and scores a token by what `against` says: here |x · v_i|; x is not normalised."""
 
     prototypes: Mapping[str, Float[Tensor, "here d_in"]]
     # of modules that see the same input, by the first of them; made by `place`
@@ -132,15 +132,21 @@ class PrototypeRouter(ScoringRouter):
                     f"expert there; got {tuple(rows.shape)}"
                 )
 
+    def against(
+        self, x: Float[Tensor, "tok d_in"], rows: Float[Tensor, "row d_in"]
+    ) -> Float[Tensor, "tok row"]:
+        """How well each token fits each of these prototypes, float32."""
+        return (x.float() @ rows.T).abs()
+
     def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
         self.columns_at(module)
-        return (x.float() @ self.prototypes[module].to(x.device).T).abs()
+        return self.against(x, self.prototypes[module].to(x.device))
 
     def route_all(self, modules: Sequence[str], x: Float[Tensor, "tok d_in"]) -> Choice:
         stacked = self.stacked.get(modules[0])
         if stacked is None:
             return super().route_all(modules, x)
-        scores = (x.float() @ stacked.T).abs()
+        scores = self.against(x, stacked)
         return self.choose(modules[0], scores.unflatten(1, (len(modules), -1)))
 
     def place(

@@ -37,6 +37,7 @@ class Session:
     tokenizer: Any = None
     traces: list[Trace] = field(default_factory=list)
     mask: Bool[Tensor, "sequence tok"] | None = None  # of the call that runs
+    reading: Bool[Tensor, "sequence tok"] | None = None  # what counts as prompt, if not all of it
     fresh: bool = True  # whether it begins new prompts
     weights: Float[Tensor, "sequence expert"] | None = None  # scope "prompt"
     confidence: Float[Tensor, " sequence"] | None = None  # with a threshold
@@ -65,6 +66,7 @@ class Session:
         if not self.fresh:
             self._check_same(shape[0])
             return
+        self._only_prompt()
         self.kept.clear()
         self.weights = self.confidence = None
         if self.router.scope != "prompt" and self.router.threshold is None:
@@ -75,6 +77,18 @@ class Session:
             self.weights = self.router.weigh(seen, texts)
         if self.router.threshold is not None:
             self.confidence = self.router.confidence(seen, texts)
+
+    def _only_prompt(self) -> None:
+        """Leave what is no prompt out of the mask, where that was said."""
+        if self.reading is None:
+            return
+        assert self.mask is not None
+        if self.reading.shape != self.mask.shape:
+            raise UsageError(
+                f"reading wants a mask of the sequences and tokens that come, "
+                f"{tuple(self.mask.shape)}; got {tuple(self.reading.shape)}"
+            )
+        self.mask = self.mask & self.reading.to(self.mask.device)
 
     def _goes_on(self, given: Mapping[str, Any]) -> bool:
         """Whether a call brings a cache that holds tokens; the first of `generate` may be empty."""

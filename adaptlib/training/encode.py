@@ -46,10 +46,12 @@ POOL = 8  # batches whose rows are sorted by length together
 @dataclass(frozen=True, slots=True)
 class Example:
     """Token ids, and at each position the id again where it is to be predicted from those before
-    it, `IGNORED` elsewhere. The first is never predicted; at least one is."""
+    it, `IGNORED` elsewhere. The first is never predicted; at least one is. `task` is the place of
+    its task among those that are trained on."""
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
+    task: int = 0
 
 
 @final
@@ -67,12 +69,14 @@ class Encoded:
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Right-padded examples. `labels` is the id to predict *at* that position, -100 elsewhere;
-    `rows` are the examples' positions in the list that they were taken from."""
+    `rows` are the examples' positions in the list that they were taken from, `tasks` what they are
+    examples of."""
 
     input_ids: Int[Tensor, "example tok"]
     attention_mask: Int[Tensor, "example tok"]
     labels: Int[Tensor, "example tok"]
     rows: tuple[int, ...]
+    tasks: Int[Tensor, " example"]
 
 
 def encode_task(
@@ -223,7 +227,8 @@ def collate(examples: Sequence[Example], pad: int, rows: Sequence[int] | None = 
         ids[i, :n] = torch.tensor(example.ids)
         mask[i, :n] = 1
         labels[i, : n - 1] = torch.tensor(example.targets[1:])
-    return Batch(ids, mask, labels, tuple(range(len(examples)) if rows is None else rows))
+    places = tuple(range(len(examples)) if rows is None else rows)
+    return Batch(ids, mask, labels, places, torch.tensor([example.task for example in examples]))
 
 
 def batches(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +18,13 @@ from adaptlib.training.options import DEFAULTS, Kind, TrainOptions
 from adaptlib.training.plan import KINDS, Plan, plan, recipe
 from adaptlib.training.run import Counts, Progress, Run
 from adaptlib.training.tasks import Task
+from adaptlib.training.trainee import Learner, Trainee
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+L = TypeVar("L", bound=Learner)
+R = TypeVar("R")
 
 
 def train(
@@ -32,6 +36,7 @@ def train(
     options: TrainOptions = DEFAULTS,
     name: str | None = None,
     base: str | None = None,
+    start: Expert | None = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: float = 60.0,
@@ -42,7 +47,8 @@ def train(
     `tasks.prompt`. Several tasks give one joint expert, called `name` in its card. LoRA follows
     arXiv:2106.09685 section 4.1; sparse follows arXiv:2507.07140 section 3; `full` moves the
     linear modules' own weights and gives a sparse expert that keeps every entry. `base` overrides
-    the id that the expert records. `progress` is called after each step.
+    the id that the expert records. `start` is a LoRA expert to go on from, of the same modules and
+    rank. `progress` is called after each step.
 
     With `checkpoint`, a file, the run is written there about every `checkpoint_every` seconds and
     on Ctrl-C, and goes on from there where the file exists; the expert is the same, to the bit, as
@@ -56,7 +62,7 @@ def train(
     where the loss is not finite, and where memory or disk run out.
     """
     return carry_out(
-        plan(model, tokenizer, task, kind=kind, options=options, name=name, base=base),
+        plan(model, tokenizer, task, kind=kind, options=options, name=name, base=base, start=start),
         model,
         tokenizer,
         progress=progress,
@@ -79,24 +85,55 @@ def carry_out(
     # The paper chooses masks every 100 steps; its epochs have thousands. With a short epoch that
     # would be once or never, so at least four choices are made.
     often = max(1, min(options.reselect_every, the_plan.steps_per_epoch // 4))
+
+    def make() -> Trainee:
+        modules = target_modules(model, options.target)
+        trainee = KINDS[the_plan.kind](modules, replace(options, reselect_every=often))
+        if the_plan.start is not None:
+            trainee.start_from(the_plan.start)
+        return trainee
+
+    deltas, counts = run_learner(
+        the_plan,
+        model,
+        tokenizer,
+        make,
+        lambda trainee: trainee.deltas(options.dtype),
+        progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
+    return Expert(the_plan.pin["id"], deltas, card(the_plan, counts))
+
+
+def run_learner(
+    the_plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    make: Callable[[], L],
+    take: Callable[[L], R],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 60.0,
+) -> tuple[R, Counts]:
+    """Train the learner that `make` makes, and `take` from it what it has learned while it is still
+    installed. The model is borrowed: it is frozen meanwhile, and as before afterwards."""
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         frozen(model),
         torch.random.fork_rng(devices),
-        _autocast(model, bool(options.bf16)),
+        _autocast(model, bool(the_plan.options.bf16)),
         _enough_memory(the_plan),
     ):
-        trainee = KINDS[the_plan.kind](
-            target_modules(model, options.target), replace(options, reselect_every=often)
-        )
-        with trainee.installed():
+        learner = make()
+        with learner.installed():
             run = Run(
-                the_plan, model, trainee, pad_of(tokenizer), progress, checkpoint, checkpoint_every
+                the_plan, model, learner, pad_of(tokenizer), progress, checkpoint, checkpoint_every
             )
             run.start()
             run.finish()
-            deltas = trainee.deltas(options.dtype)
-    return Expert(the_plan.pin["id"], deltas, card(the_plan, run.counts))
+            return take(learner), run.counts
 
 
 def card(plan: Plan, counts: Counts) -> dict[str, Any]:
@@ -116,6 +153,7 @@ def card(plan: Plan, counts: Counts) -> dict[str, Any]:
             "cut_inputs": plan.cut,
             "dropped_rows": plan.dropped,
             "best_epoch": counts.best_epoch,
+            "start": plan.start and plan.start.fingerprint,
             "key": plan.key,
             "versions": {"adaptlib": adaptlib.__version__, "torch": str(torch.__version__)},
         }

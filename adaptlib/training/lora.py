@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptlib.errors import UsageError
 from adaptlib.experts.delta import Delta
+from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
 from adaptlib.training.modules import Linear, shape_of
 from adaptlib.training.options import TrainOptions
@@ -58,6 +59,13 @@ class LoRATrainee(Trainee):
     def cost(cls, shapes: Sequence[tuple[int, int]], options: TrainOptions) -> tuple[int, int]:
         count = sum(options.rank * (d_out + d_in) for d_out, d_in in shapes)
         return count, 16 * count
+
+    @torch.no_grad()
+    def start_from(self, expert: Expert) -> None:
+        for name, delta in expert.deltas.items():
+            assert isinstance(delta, LoRADelta)  # plan.check_start
+            self.a[name].copy_(delta.a)
+            self.b[name].copy_(delta.b.float() * (delta.scale / self.scale))
 
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from adaptlib.errors import DataWarning, UsageError
 from adaptlib.experts.base import BaseModel
+from adaptlib.experts.expert import Expert
+from adaptlib.experts.lora import LoRADelta
 from adaptlib.training.encode import IGNORED, Example, encode_task
 from adaptlib.training.full import FullTrainee
 from adaptlib.training.lora import LoRATrainee
@@ -45,7 +47,7 @@ class Plan:
     were shortened and `dropped` the rows left out, over both splits. `trainable` counts parameters
     once masks are fixed; `state` and `memory` are estimates in bytes at the peak, of what is
     trained and of all, the model's weights included. `key` names everything that decides the
-    expert's bytes.
+    expert's bytes. `start` is the expert that training goes on from.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Plan:
     max_length: int
     pin: dict[str, Any]
     key: str
+    start: Expert | None = field(default=None, repr=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,6 +84,7 @@ def plan(
     options: TrainOptions = DEFAULTS,
     name: str | None = None,
     base: str | None = None,
+    start: Expert | None = None,
 ) -> Plan:
     """Read and check everything that `train` will need, without training.
 
@@ -99,6 +103,7 @@ def plan(
     modules = target_modules(model, options.target)
     shapes = {name: shape_of(module) for name, module in modules.items()}
     KINDS[kind].check(shapes, options)
+    check_start(start, kind, shapes, options)
     max_length = room(model, options)
     parts, counts = {}, {}
     for split, limit in (("train", options.rows), ("valid", None)):
@@ -112,7 +117,11 @@ def plan(
             )
             for part in tasks
         ]
-        parts[split] = tuple(example for one in encoded for example in one.examples)
+        parts[split] = tuple(
+            replace(example, task=i) if i else example
+            for i, one in enumerate(encoded)
+            for example in one.examples
+        )
         counts[split] = (sum(one.cut for one in encoded), sum(one.dropped for one in encoded))
     train, valid = parts["train"], parts["valid"]
     if not train:
@@ -146,8 +155,30 @@ def plan(
         memory=state + memory(model, tokens=longest * options.batch_size),
         max_length=max_length,
         pin=pin,
-        key=_key(model, kind, options, modules, (train, valid)),
+        key=_key(model, kind, options, modules, (train, valid), start),
+        start=start,
     )
+
+
+def check_start(
+    start: Expert | None, kind: str, shapes: dict[str, tuple[int, int]], options: TrainOptions
+) -> None:
+    """UsageError where training of this kind cannot go on from `start`."""
+    if start is None:
+        return
+    if kind != "lora" or start.kind != "lora":
+        raise UsageError(
+            f"training goes on from a LoRA expert to a LoRA expert; got {start.kind} to {kind}",
+            hint="--kind lora, and a LoRA expert to begin with",
+        )
+    ranks = {d.rank for d in start.deltas.values() if isinstance(d, LoRADelta)}
+    if start.shapes != shapes or ranks != {options.rank}:
+        raise UsageError(
+            f"the expert to begin with has {len(start.deltas)} modules and rank "
+            f"{', '.join(map(str, sorted(ranks)))}; training wants the same {len(shapes)} modules "
+            f"and rank {options.rank}",
+            hint=f"--rank {max(ranks)}, and the same --target as it was trained with",
+        )
 
 
 def bf16_pays(model: PreTrainedModel) -> bool:
@@ -226,11 +257,14 @@ def _key(
     options: TrainOptions,
     modules: dict[str, Linear],
     splits: tuple[tuple[Example, ...], ...],
+    start: Expert | None,
 ) -> str:
     """SHA-256 over what decides the expert: the token ids (so text, template, tokenizer and
     max_length), the recipe, the modules, and a fingerprint of the model's weights."""
     digest = hashlib.sha256()
     what = recipe(kind, options) | {"kind": kind, "format": FORMAT, "modules": list(modules)}
+    if start is not None:
+        what["start"] = start.fingerprint
     digest.update(json.dumps(what, sort_keys=True).encode())
     for examples in splits:
         for example in examples:

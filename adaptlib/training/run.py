@@ -17,7 +17,7 @@ from adaptlib.training.checkpoint import read_checkpoint, write_checkpoint
 from adaptlib.training.encode import IGNORED, Batch, Example, batches
 from adaptlib.training.options import TrainOptions
 from adaptlib.training.plan import Plan
-from adaptlib.training.trainee import Trainee
+from adaptlib.training.trainee import Learner
 
 CALIBRATION = 8  # batches that masks are chosen from at the start, where gradients are asked for
 OPTIMIZER, TRAINEE, BEST, RNG = "optimizer", "trainee", "best", "rng"  # parts of a checkpoint
@@ -63,11 +63,11 @@ class Counts:
 @final
 @dataclass(eq=False)
 class Run:
-    """The one thing here that changes; `loop.train` drives it inside `trainee.installed()`."""
+    """The one thing here that changes; `loop.train` drives it inside `learner.installed()`."""
 
     plan: Plan
     model: PreTrainedModel
-    trainee: Trainee
+    learner: Learner
     pad: int
     progress: Callable[[Progress], None] | None = None
     checkpoint: Path | None = None
@@ -88,12 +88,12 @@ class Run:
         else:
             self.model.train()
             some = islice(self._batches(0), CALIBRATION)
-            self.trainee.begin((lambda b=batch: answer_loss(self.model, b)) for batch in some)
+            self.learner.begin((lambda b=batch: self._loss(b)) for batch in some)
             self.optimizer = self._new_optimizer()
         self._whole_step()
 
     def finish(self) -> None:
-        """Every step that is left. Then the trainee is as it was after the best epoch."""
+        """Every step that is left. Then the learner is as it was after the best epoch."""
         options = self.plan.options
         try:
             while self.counts.epoch < options.epochs and self._hopes():
@@ -103,7 +103,7 @@ class Run:
                 self.save()  # else the one before stays
             raise
         if self.best is not None:
-            self.trainee.load(self.best)
+            self.learner.load(self.best)
 
     def _hopes(self) -> bool:
         patience = self.plan.options.patience
@@ -139,19 +139,24 @@ class Run:
         answers = sum(_answers(batch) for batch in group)
         loss = 0.0
         for batch in group:
-            part = answer_loss(self.model, batch, reduction="sum") / answers
+            part = self._loss(batch, reduction="sum") / answers
             value = part.item()
             if not math.isfinite(value):
                 raise self._diverged(f"the loss is {value}", batch)
-            part.backward()
+            extra = self.learner.extra()
+            (part if extra is None else part + extra / len(group)).backward()
             loss += value
         return loss, options.lr * schedule(self.counts.step / self.plan.steps, options)
+
+    def _loss(self, batch: Batch, *, reduction: str = "mean") -> Tensor:
+        self.learner.reads(batch)
+        return answer_loss(self.model, batch, reduction=reduction)
 
     def _update(self, group: list[Batch], loss: float, lr: float) -> None:
         counts = self.counts
         for settings in self.optimizer.param_groups:
-            settings["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), self.plan.options.clip)
+            settings["lr"] = lr * settings["speed"]
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.plan.options.clip)
         if not bool(norm.isfinite()):
             raise self._diverged(f"the norm of the gradient is {norm.item()}", group[-1])
         self.optimizer.step()
@@ -160,25 +165,31 @@ class Run:
         answers = sum(_answers(batch) for batch in group)
         counts.total, counts.answers = counts.total + loss * answers, counts.answers + answers
         counts.tokens += sum(int(batch.attention_mask.sum()) for batch in group)
-        self.trainee.stepped(counts.step, counts.epoch, lambda: answer_loss(self.model, group[-1]))
+        self.learner.stepped(counts.step, counts.epoch, lambda: self._loss(group[-1]))
 
     def _end_epoch(self) -> float | None:
-        """Settle the trainee, and keep it where it is the best so far; the validation loss."""
+        """Settle the learner, and keep it where it is the best so far; the validation loss."""
         counts, options, valid = self.counts, self.plan.options, None
-        if not all(bool(p.isfinite().all()) for p in self.trainee.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self.learner.parameters()):
             raise self._diverged("weights are not finite", None)
-        young = options.epochs > 1 and self.trainee.young(counts.epoch)
-        self.optimizer = self.trainee.settle(self.optimizer, counts.epoch)
+        young = options.epochs > 1 and self.learner.young(counts.epoch)
+        self.optimizer = self.learner.settle(self.optimizer, counts.epoch)
         counts.train_loss = counts.total / counts.answers
         counts.total, counts.answers, counts.place = 0.0, 0, 0
         counts.epoch += 1
         if self.plan.valid:
-            valid = mean_loss(self.model, self.plan.valid, size=options.batch_size, pad=self.pad)
+            valid = mean_loss(
+                self.model,
+                self.plan.valid,
+                size=options.batch_size,
+                pad=self.pad,
+                reads=self.learner.reads,
+            )
         if valid is None or not options.best_epoch:
             counts.best_loss, counts.best_epoch = valid, counts.epoch
         elif not young and (counts.best_loss is None or valid < counts.best_loss):
             counts.best_loss, counts.best_epoch, counts.stale = valid, counts.epoch, 0
-            self.best = self.trainee.state()
+            self.best = self.learner.state()
         elif not young:
             counts.stale += 1
         return valid
@@ -210,7 +221,7 @@ class Run:
         tensors = {f"{RNG}.cpu": self.rng}
         if self.model.device.type == "cuda":
             tensors[f"{RNG}.cuda"] = self.cuda_rng
-        for part, state in ((TRAINEE, self.trainee.state()), (BEST, self.best or {})):
+        for part, state in ((TRAINEE, self.learner.state()), (BEST, self.best or {})):
             tensors |= {f"{part}.{name}": value for name, value in state.items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{OPTIMIZER}.{i}.{key}": value.cpu() for key, value in moments.items()}
@@ -229,7 +240,7 @@ class Run:
             part, _, rest = name.partition(".")
             parts[part][rest] = value
         self.counts = Counts(**meta["counts"])
-        self.trainee.load(parts[TRAINEE])
+        self.learner.load(parts[TRAINEE])
         self.best = parts[BEST] or None
         self.optimizer = self._new_optimizer()
         state = self.optimizer.state_dict()
@@ -244,7 +255,7 @@ class Run:
     def _new_optimizer(self) -> torch.optim.AdamW:
         options = self.plan.options
         return torch.optim.AdamW(
-            self.trainee.parameters(), lr=options.lr, weight_decay=options.weight_decay
+            self.learner.groups(), lr=options.lr, weight_decay=options.weight_decay
         )
 
     def _diverged(self, what: str, batch: Batch | None) -> AdaptlibError:
@@ -288,13 +299,21 @@ def answer_loss(model: PreTrainedModel, batch: Batch, *, reduction: str = "mean"
 
 
 def mean_loss(
-    model: PreTrainedModel, examples: tuple[Example, ...], *, size: int, pad: int
+    model: PreTrainedModel,
+    examples: tuple[Example, ...],
+    *,
+    size: int,
+    pad: int,
+    reads: Callable[[Batch], None] | None = None,
 ) -> float:
-    """Nats per answer token over all of `examples`, without dropout."""
+    """Nats per answer token over all of `examples`, without dropout. `reads` is told of each batch
+    before the model reads it."""
     model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches(examples, size=4 * size, pad=pad):
+            if reads is not None:
+                reads(batch)
             total += answer_loss(model, batch, reduction="sum").item()
             tokens += _answers(batch)
     model.train()

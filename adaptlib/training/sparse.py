@@ -159,7 +159,7 @@ class SparseTrainee(Trainee):
         moments = {name: optimizer.state[weight] for name, weight in self.weight.items()}
         settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         self._shrink()
-        smaller = torch.optim.AdamW(self.parameters())
+        smaller = torch.optim.AdamW(self.groups())
         smaller.param_groups[0].update(settings)
         for name, kept_ in self.kept.items():
             smaller.state[kept_.values] = {

@@ -359,3 +359,27 @@ def test_gradients_reach_the_input_through_shared_choices(llama, mixed):
             routed(inputs_embeds=embeds).logits.square().mean().backward()
         assert embeds.grad is not None
         assert embeds.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scope", ["sequence", "prompt"])
+def test_an_answer_does_not_choose_its_own_experts(llama, mixed, scope):
+    """A prompt with its answer in one call is the prompt, and then the answer with its cache."""
+    experts = mixed(llama)
+    router = Arrow.fit(experts, top_k=2, scope=scope)
+    ids = torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    prompt = torch.zeros(3, 9).bool()
+    prompt[:, :5] = True
+    with attach(llama, experts, router) as routed, torch.no_grad():
+        first = routed(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+        then = routed(
+            input_ids=ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values
+        )
+        expected = torch.cat([first.logits, then.logits], 1)
+        with routed.reading(prompt):
+            got = routed(input_ids=ids, attention_mask=mask).logits
+        whole = routed(input_ids=ids, attention_mask=mask).logits
+        with pytest.raises(UsageError, match="reading wants"), routed.reading(prompt[:2]):
+            routed(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole, expected, atol=1e-4)
