@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adaptlib.merging import MERGES as MERGES
     from adaptlib.routing import LAG as LAG
     from adaptlib.routing import LORAUTER as LORAUTER
+    from adaptlib.routing import PHATGOOSE as PHATGOOSE
     from adaptlib.routing import ROUTERS as ROUTERS
     from adaptlib.routing import Arrow as Arrow
     from adaptlib.routing import CentroidMatching as CentroidMatching
@@ -55,6 +56,7 @@ _HOME = {
     "LoraRetriever": "adaptlib.routing",
     "MERGES": "adaptlib.merging",
     "Named": "adaptlib.routing",
+    "PHATGOOSE": "adaptlib.routing",
     "ROUTERS": "adaptlib.routing",
     "Random": "adaptlib.routing",
     "Shelf": "adaptlib.experts.shelf",

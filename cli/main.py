@@ -14,6 +14,7 @@ import typer
 
 from . import (
     add,
+    bench,
     cluster,
     diff,
     doctor,
@@ -31,6 +32,7 @@ from . import (
     tag,
     train,
     train_library,
+    train_router,
     verify,
 )
 
@@ -76,6 +78,8 @@ COMMANDS = {
     "route": route.route,
     "train": train.train,
     "train-library": train_library.train_library,
+    "train-router": train_router.train_router,
+    "bench": bench.bench,
     "doctor": doctor.doctor,
 }
 ALIASES = {"ls": "list", "remove": "rm"}

@@ -24,6 +24,7 @@ EXAMPLES = (
     'adaptlib route --prompt "2 + 2" --scope prompt --save mine',
     'adaptlib route --prompt "2 + 2" --shortlist 32',
     'adaptlib route --prompt "2 + 2" --experts cluster:tasks/0',
+    'adaptlib route --prompt "2 + 2" --router mhr:skills --task sums',
 )
 
 
@@ -39,6 +40,7 @@ def route(
     threshold: flags.Threshold = None,
     calibrate: flags.Calibrate = None,
     samples: flags.Samples = None,
+    task: flags.Task = None,
     experts: flags.Experts = None,
     shortlist: flags.Shortlist = None,
     only_base: flags.OnlyBase = None,
@@ -94,6 +96,11 @@ def route(
     from .route_run import calibrated, check, encode, fit, kept
 
     held = given_by.saved(opened, routers, words(experts), shortlist)
+    if task is not None and held is None:
+        raise UsageError(
+            "--task is for routers that were learned by task",
+            hint="--router mhr:NAME, as adaptlib train-router mhr keeps it",
+        )
     if held is None:
         chosen = select(opened, given_by.pool(opened, routers, words(experts)), only_base)
         for one in routers:
@@ -122,7 +129,7 @@ def route(
     if held is None:
         fitted = [fit(one, loaded, given, base, tokenizer) for one in routers]
     else:
-        fitted = [kept(routers[0], held[0], options)]
+        fitted = [kept(routers[0], held[0], options, task)]
     if known:
         fitted = [calibrated(one, base, tokenizer, known) for one in fitted]
     if save is not None:

@@ -14,7 +14,8 @@ RouterOption = Annotated[
     str | None,
     typer.Option(
         help="arrow, cm, lag, logo, loraretriever, lorauter, random, spectr, tp, uniform, "
-        "named:EXPERT for one alone, or saved:NAME; arrow if not said.",
+        "named:EXPERT for one alone, or mhr:NAME, mope:NAME, poly:NAME, saved:NAME for one that "
+        "is kept; arrow if not said.",
         show_default=False,
     ),
 ]
@@ -49,6 +50,10 @@ Calibrate = Annotated[
 Samples = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Task files to know the experts' tasks by, one a task."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="TASK", help="Of a router that was learned by task: the one to answer."),
 ]
 Save = Annotated[
     str | None, typer.Option(metavar="NAME", help="Keep the router, for --router saved:NAME.")

@@ -36,13 +36,14 @@ def pool(library: "Library", routers: list[str], experts: list[str]) -> list[str
 def saved(
     library: "Library", routers: list[str], experts: list[str], shortlist: int | None
 ) -> "tuple[Router, Mapping[str, Expert], list[str]] | None":
-    """The router that `saved:NAME` asks for, its experts and their digests; None where no router is
-    saved."""
+    """The router that `saved:NAME` asks for, or `KIND:NAME` for one that has to be of that kind,
+    its experts and their digests; None where no router is saved."""
     from adaptlib.errors import UsageError
     from adaptlib.experts.records import load_record
-    from adaptlib.routing import load_router
+    from adaptlib.routing import ROUTERS, load_router
 
-    names = [name for name in routers if name.partition(":")[0] == "saved"]
+    kinds = {"saved", *ROUTERS} - {"named"}
+    names = [name for name in routers if ":" in name and name.partition(":")[0] in kinds]
     if not names:
         return None
     if len(routers) > 1:
@@ -53,8 +54,13 @@ def saved(
     if experts or shortlist is not None:
         option = "--experts" if experts else "--shortlist"
         raise UsageError(f"{names[0]} knows its own experts", hint=f"leave out {option}")
-    name = names[0].partition(":")[2]
+    kind, _, name = names[0].partition(":")
     router, held = load_router(library, name)
+    if kind not in ("saved", router.name):
+        raise UsageError(
+            f"the router saved as {name} is {router.name}, not {kind}",
+            hint=f"--router {router.name}:{name}",
+        )
     return router, held, list(load_record(library.store, "routers", name)["experts"].values())
 
 

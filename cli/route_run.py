@@ -66,6 +66,13 @@ def check(words: str, given: Mapping[str, Any]) -> None:
             f"--router {words}: named takes the expert's name, others take none",
             hint="--router named:EXPERT",
         )
+    learned = [key for key in takes if key in ("logits", "rows")]
+    if learned:
+        raise UsageError(
+            f"router {name} is trained: it has {learned[0]} that were learned, so it is asked for "
+            "by the name that it was kept under",
+            hint=f"--router {name}:NAME, after adaptlib train-router {name} TASKS --name NAME",
+        )
     empty = inspect.Parameter.empty
     needs = [key for key, option in takes.items() if option.default is empty]
     missing = [
@@ -121,8 +128,16 @@ def fit(
     return Fitted(words, router, notes, seconds, again)
 
 
-def kept(words: str, router: "Router", given: Mapping[str, Any]) -> Fitted:
-    """A router that was saved, with a note on each of the `given` options: it keeps its own."""
+def kept(words: str, router: "Router", given: Mapping[str, Any], task: str | None = None) -> Fitted:
+    """A router that was saved, with a note on each of the `given` options: it keeps its own. One
+    that was learned for several tasks answers `task`."""
+    from adaptlib.errors import UsageError
+    from adaptlib.routing.per_task import TaskRouter
+
+    if isinstance(router, TaskRouter):
+        router = router.answering(task)
+    elif task is not None:
+        raise UsageError(f"{words} is not one that knows tasks by name", hint="leave out --task")
     notes = [
         f"{words} keeps its own {key.replace('_', '-')}; {_option(key)} is not used"
         for key, value in given.items()

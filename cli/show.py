@@ -54,6 +54,10 @@ def show(
     pinned = out.short(pin["digest"]) if pin.get("digest") else "not checked yet"
     revision = f" @ {pin['revision'][:12]}" if pin.get("revision") else ""
     out.line(f"  base     {manifest.base}{revision} ({pinned})")
+    if manifest.gates:
+        trained = card.pop("gate", None)
+        steps = f", trained in {trained['steps']} steps" if _has_steps(trained) else ""
+        out.line(f"  gate     at {out.count(manifest.gates, 'module')}, for phatgoose{steps}")
     merged = recipe_lines(card) if is_merged(card) else []
     for text in merged:
         out.line(f"  {text}")
@@ -95,6 +99,11 @@ def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
     print_clusters(
         document.get("clusters", {}), document.get("outliers", []), document.get("labels", {})
     )
+
+
+def _has_steps(trained: Any) -> bool:
+    """Whether a card's word about a gate is what training writes."""
+    return isinstance(trained, dict) and isinstance(trained.get("steps"), int)
 
 
 def _lines(key: str, value: Any) -> list[str]:

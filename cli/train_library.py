@@ -107,7 +107,7 @@ def train_library(
             hint="adaptlib train TASK --kind full",
         )
     options = flags.train_options(given)
-    data = _read(tasks, input_column, output_column, valid_share)
+    data = read_all(tasks, input_column, output_column, valid_share)
     jobs = _jobs(opened, data, kind, options, given)
     for job in jobs:
         if log is not None:
@@ -145,7 +145,7 @@ def train_library(
         raise typer.Exit(1)
 
 
-def _read(
+def read_all(
     sources: list[str], input_column: str, output_column: str, valid_share: float
 ) -> "dict[str, Task]":
     """Tasks by name. UsageError where two files hold a task of one name."""

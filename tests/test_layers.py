@@ -12,11 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "sklearn", "scipy", "matplotlib", "peft")
 
-# cli -> evaluation -> {clustering, merging, routing, training} -> experts -> library_store
+# cli -> papers -> evaluation -> learned -> {clustering, merging, routing, training} -> experts
+# -> library_store
 SIBLINGS = ("clustering", "merging", "routing", "training")
 BELOW = {
-    "cli": ("evaluation", *SIBLINGS, "experts", "demo"),
-    "evaluation": (*SIBLINGS, "experts"),
+    "cli": ("papers", "evaluation", "learned", *SIBLINGS, "experts", "demo"),
+    "papers": ("evaluation", "learned", *SIBLINGS, "experts"),
+    "evaluation": ("learned", *SIBLINGS, "experts"),
+    "learned": (*SIBLINGS, "experts"),
     **dict.fromkeys(SIBLINGS, ("experts",)),
     "experts": (),
     "demo": ("evaluation", *SIBLINGS, "experts"),

@@ -69,7 +69,7 @@ def negate(expert: Expert) -> Expert:
         else:
             assert isinstance(delta, SparseDelta)
             deltas[module] = replace(delta, values=-delta.values)
-    return replace(expert, deltas=deltas, card=_card("negated", expert))
+    return replace(expert, deltas=deltas, card=_card("negated", expert), gates={})
 
 
 def interpolate(one: Expert, other: Expert, share: float = 0.5) -> Expert:

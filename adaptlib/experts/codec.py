@@ -5,6 +5,7 @@ Keeping, importing and exporting works on `Packed` and needs no torch.
 
     lora      <module>.lora_a (rank, d_in)      <module>.lora_b (d_out, rank)
     sparse    <module>.index (n,) I32 or I64    <module>.values (n,) or (n, 16, 16)
+    either    <module>.gate (d_in,) F32         where a gate was trained for the expert
 """
 
 import math
@@ -39,6 +40,7 @@ MANIFEST_NAME = "expert.json"
 BLOB_NAME = "expert.safetensors"
 MAX_MANIFEST = 16 * 1024 * 1024  # bytes
 _PARTS = {"lora": ("lora_a", "lora_b"), "sparse": ("index", "values")}
+GATE = "gate"
 
 
 class Module(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -81,12 +83,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def params(self) -> int:
-        """Numbers kept: all tensors but the positions of sparse experts."""
+        """Numbers kept of the updates: all tensors but gates and the positions of sparse ones."""
         total = 0
         for name, tensor in self.tensors.items():
-            if not name.endswith(".index"):
+            if not name.endswith((".index", f".{GATE}")):
                 total += int(np.prod(tensor.shape, dtype=np.int64))
         return total
+
+    @property
+    def gates(self) -> int:
+        """How many modules have a gate."""
+        return sum(name.endswith(f".{GATE}") for name in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,13 +202,15 @@ def check_card(source: str, packed: Packed) -> None:
 
 
 def check_structure(source: str, packed: Packed) -> None:
-    """Each module has its two tensors, of fitting shapes and dtypes, and nothing is left over."""
+    """Each module has its two tensors, and a gate or none, of fitting shapes and dtypes, and nothing
+    is left over."""
     check_card(source, packed)
     parts = _PARTS[packed.kind]
     wanted = {f"{module}.{part}" for module in packed.modules for part in parts}
     if not packed.modules:
         raise RefusedError(f"{source} adapts no module; it would change nothing")
-    if odd := sorted(wanted ^ packed.tensors.keys()):
+    allowed = {f"{module}.{GATE}" for module in packed.modules}
+    if odd := sorted(wanted ^ (packed.tensors.keys() - allowed)):
         where = "is missing" if odd[0] in wanted else "belongs to no module"
         raise CorruptError(f"{source}: tensor {odd[0]!r} {where} ({len(odd)} such)")
     for name, module in packed.modules.items():
@@ -226,6 +235,11 @@ def check_structure(source: str, packed: Packed) -> None:
                 f"{source}: {name} of shape {module.shape}, rank {module.rank}, scale "
                 f"{module.scale}, block {module.block} does not go with tensors {first.dtype} "
                 f"{first.shape} and {second.dtype} {second.shape}"
+            )
+        gate = packed.tensors.get(f"{name}.{GATE}")
+        if gate is not None and (gate.dtype, gate.shape) != ("F32", (d_in,)):
+            raise CorruptError(
+                f"{source}: the gate of {name} is {gate.dtype} {gate.shape}, want F32 {(d_in,)}"
             )
 
 
@@ -306,6 +320,7 @@ def pack(expert: "Expert") -> Packed:
                 to_raw(index),
                 to_raw(delta.values),
             )
+    tensors |= {f"{name}.{GATE}": to_raw(gate) for name, gate in expert.gates.items()}
     return Packed(expert.kind, expert.base, modules, tensors, dict(expert.card))
 
 
@@ -318,7 +333,15 @@ def unpack(packed: Packed) -> "Expert":
         name: to_delta(module, *(packed.tensors[f"{name}.{part}"] for part in parts))
         for name, module in packed.modules.items()
     }
-    return Expert(packed.base, deltas, packed.card)
+    return Expert(packed.base, deltas, packed.card, gates_of(packed.modules, packed.tensors))
+
+
+def gates_of(
+    modules: Mapping[str, Module], tensors: Mapping[str, RawTensor]
+) -> "dict[str, torch.Tensor]":
+    """The gates among an expert's tensors by module, over the same memory."""
+    named = {module: f"{module}.{GATE}" for module in modules}
+    return {module: to_tensor(tensors[name]) for module, name in named.items() if name in tensors}
 
 
 def parts_of(kind: str) -> tuple[str, str]:

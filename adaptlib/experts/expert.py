@@ -3,10 +3,14 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from adaptlib.errors import UsageError
 from adaptlib.experts.delta import Delta
@@ -45,15 +49,23 @@ class Expert:
     description, licence, training recipe, metrics, parents, and under `base` the pin
     `{"id", "revision", "digest"}` by which a wrong base model is noticed.
 
+    `gates` are for routers that were trained to know when an expert fits (PHATGOOSE,
+    arXiv:2402.05859, section 3.2): a vector (d_in,), float32, at some of its modules, or none.
+    They are no part of the update: merging, clustering and `fingerprint` leave them out.
+
     `deltas` is copied, but for `Deltas`, which stay what they are.
     """
 
     base: str
     deltas: Mapping[str, Delta]
     card: Mapping[str, Any] = field(default_factory=dict)
+    gates: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
+        object.__setattr__(self, "gates", MappingProxyType(dict(sorted(self.gates.items()))))
+        if self.gates:
+            self._check_gates()
         if isinstance(self.deltas, Deltas):
             return
         deltas = dict(sorted(self.deltas.items()))
@@ -63,6 +75,17 @@ class Expert:
         if len(kinds) > 1:
             raise UsageError(f"the deltas of one expert are of one kind; got {', '.join(kinds)}")
         object.__setattr__(self, "deltas", MappingProxyType(deltas))
+
+    def _check_gates(self) -> None:
+        shapes = self.shapes
+        for module, gate in self.gates.items():
+            if module not in shapes:
+                raise UsageError(f"a gate is for a module that the expert adapts; got {module!r}")
+            if gate.dtype != torch.float32 or tuple(gate.shape) != (shapes[module][1],):
+                raise UsageError(
+                    f"the gate of {module} wants ({shapes[module][1]},) float32; got "
+                    f"{tuple(gate.shape)} {str(gate.dtype).removeprefix('torch.')}"
+                )
 
     @property
     def kind(self) -> str:
@@ -81,7 +104,7 @@ class Expert:
 
     @property
     def params(self) -> int:
-        """How many numbers it keeps."""
+        """How many numbers its updates keep."""
         if isinstance(self.deltas, Deltas):
             return self.deltas.params
         return sum(delta.params for delta in self.deltas.values())
@@ -96,10 +119,10 @@ class Expert:
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 over the updates, to tell whether two experts are one: of shapes, scales and
-        every number, whatever the card, the names of files or the device."""
+        every number, whatever the card, the gates, the names of files or the device."""
         from adaptlib.experts.codec import pack
 
-        packed = pack(self)
+        packed = pack(replace(self, gates={}))
         found = hashlib.sha256()
         for module, about in packed.modules.items():
             found.update(f"{module} {about}\n".encode())

@@ -24,7 +24,15 @@ import msgspec
 
 from adaptlib.errors import AdaptlibError, ConflictError, CorruptError, NotFoundError, RefusedError
 from adaptlib.experts.base import base_id, describe, locate
-from adaptlib.experts.codec import Module, Packed, check_content, check_structure, pack, unpack
+from adaptlib.experts.codec import (
+    GATE,
+    Module,
+    Packed,
+    check_content,
+    check_structure,
+    pack,
+    unpack,
+)
 from adaptlib.experts.peft_config import (
     CONFIG_NAME,
     MASK,
@@ -139,6 +147,8 @@ def write_peft(
         tensors = {f"{PREFIX}{n}.{part}": t for n, pair in pairs for part, t in pair.items()}
         if document is None:
             document = shira_config(packed.modules, packed.base, revision, r)
+    if gates := sum(name.endswith(f".{GATE}") for name in packed.tensors):
+        notes.append(f"{gates} gates are left out: PEFT has no place for them")
     if base_id(str(document.get("base_model_name_or_path"))) != packed.base:
         document |= {"base_model_name_or_path": packed.base, "revision": revision}
     _write(directory, document, tensors)

@@ -103,4 +103,5 @@ def _moved(expert: Expert, device: torch.device) -> Expert:
         elif isinstance(delta, SparseDelta):
             index, values = delta.index.to(device), delta.values.to(device)
             deltas[module] = SparseDelta(index, values, delta.shape, delta.block)
-    return Expert(expert.base, deltas, expert.card)
+    gates = {module: gate.to(device) for module, gate in expert.gates.items()}
+    return Expert(expert.base, deltas, expert.card, gates)

@@ -53,7 +53,7 @@ def estimate(library: Library, recipe: Recipe, *, progress: Progress | None = No
     sizes = _sizes(experts)
     chosen = _chosen(experts, sizes)
     some = {
-        name: replace(expert, deltas=_Some(expert.deltas, chosen))
+        name: replace(expert, deltas=_Some(expert.deltas, chosen), gates={})
         for name, expert in experts.items()
     }
     with one_thread():

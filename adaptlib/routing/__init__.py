@@ -12,7 +12,11 @@ from adaptlib.routing.lag import LAG
 from adaptlib.routing.logo import LoGo
 from adaptlib.routing.lora_retriever import LoraRetriever
 from adaptlib.routing.lorauter import LORAUTER
+from adaptlib.routing.mhr import MHR
+from adaptlib.routing.mope import MoPE
 from adaptlib.routing.named import Named
+from adaptlib.routing.phatgoose import PHATGOOSE
+from adaptlib.routing.poly import Polytropon
 from adaptlib.routing.random import Random
 from adaptlib.routing.router import Choice, PromptRouter, Router
 from adaptlib.routing.saved import load_router, save_router
@@ -29,7 +33,11 @@ ROUTERS: dict[str, type[Router]] = {
     "logo": LoGo,
     "loraretriever": LoraRetriever,
     "lorauter": LORAUTER,
+    "mhr": MHR,
+    "mope": MoPE,
     "named": Named,
+    "phatgoose": PHATGOOSE,
+    "poly": Polytropon,
     "random": Random,
     "spectr": SpectR,
     "tp": TaskPredictor,
@@ -39,6 +47,8 @@ ROUTERS: dict[str, type[Router]] = {
 __all__ = [
     "LAG",
     "LORAUTER",
+    "MHR",
+    "PHATGOOSE",
     "ROUTERS",
     "Arrow",
     "Calibration",
@@ -46,7 +56,9 @@ __all__ = [
     "Choice",
     "LoGo",
     "LoraRetriever",
+    "MoPE",
     "Named",
+    "Polytropon",
     "PromptRouter",
     "Random",
     "Routed",

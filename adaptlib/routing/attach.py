@@ -220,7 +220,7 @@ def _groups(banks: Mapping[str, Bank], router: Router) -> list[tuple[str, ...]]:
     for module, bank in banks.items():
         parent, _, last = module.rpartition(".")
         for names in TOGETHER:
-            if last in names and bank.lora is not None and not bank.sparse:
+            if last in names and bank.lora is not None and not (bank.sparse or bank.blended):
                 table = bank.lora.a
                 alike = (table.shape[1], table.dtype, table.device, router.columns[module])
                 held.setdefault((parent, names, alike), []).append(module)
@@ -306,11 +306,14 @@ def _banks(
                 hint="load the model without disk or CPU offload",
             )
         dtype = _weight(modules[module]).dtype
+        deltas = {i: experts[router.experts[i]].deltas[module] for i in router.columns[module]}
+        blend = router.blended(module, list(deltas.values()))
         banks[module] = Bank.of(
             module,
-            {i: experts[router.experts[i]].deltas[module] for i in router.columns[module]},
+            deltas if blend is None else {0: blend},
             experts=len(router.experts),
             mix=router.mix,
+            blended=blend is not None,
             # quantised weights are integers; the rest of the model then says what it computes in
             dtype=dtype if dtype.is_floating_point else _compute_dtype(model),
             device=device,

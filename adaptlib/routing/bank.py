@@ -234,6 +234,7 @@ class Bank:
     shape: tuple[int, int]
     experts: int
     mix: Mix
+    blended: bool = False
 
     @classmethod
     def of(
@@ -243,11 +244,13 @@ class Bank:
         *,
         experts: int,
         mix: Mix,
+        blended: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Bank":
-        """`deltas` by expert index, of `experts` in all. UsageError where mix="factors" cannot be:
-        with a sparse expert, or with two ranks, at `module`."""
+        """`deltas` by expert index, of `experts` in all. With `blended` there is one, at 0, which
+        is all of them already: of a choice only the sum of its weights counts. UsageError where
+        mix="factors" cannot be: with a sparse expert, or with two ranks, at `module`."""
         lora = {i: d for i, d in deltas.items() if isinstance(d, LoRADelta)}
         sparse = {i: d for i, d in deltas.items() if isinstance(d, SparseDelta)}
         ranks = sorted({delta.rank for delta in lora.values()})
@@ -265,12 +268,12 @@ class Bank:
         if lora:
             stack = LoRAStack.of(lora, experts=experts, dtype=dtype, device=device)
         matrices = {i: _rows(delta).to(device) for i, delta in sparse.items()}
-        return cls(stack, matrices, next(iter(deltas.values())).shape, experts, mix)
+        return cls(stack, matrices, next(iter(deltas.values())).shape, experts, mix, blended)
 
     def __call__(self, x: Float[Tensor, "tok d_in"], choice: Choice) -> Float[Tensor, "tok d_out"]:
         """What the chosen experts add to the module's output, each token with its own; gradients
         flow to `x` and to the weights."""
-        lora = None
+        lora, choice = None, self._whole(choice)
         if self.lora is not None:
             lora = self.lora.mix(x.to(self.lora.a.dtype), choice, self.mix)
         return self._total(lora, x, choice)
@@ -279,7 +282,7 @@ class Bank:
         self, x: Float[Tensor, "sequence tok d_in"], choice: Choice
     ) -> Float[Tensor, "sequence tok d_out"]:
         """The same, with one choice for all tokens of a sequence."""
-        lora = None
+        lora, choice = None, self._whole(choice)
         if self.lora is not None:
             lora = self.lora.shared(x.to(self.lora.a.dtype), choice, self.mix).flatten(0, 1)
         if not self.sparse:
@@ -287,6 +290,12 @@ class Bank:
         else:
             every = Choice(*(part.repeat_interleave(x.shape[1], 0) for part in choice))
         return self._total(lora, x.flatten(0, 1), every).unflatten(0, x.shape[:2])
+
+    def _whole(self, choice: Choice) -> Choice:
+        if not self.blended:
+            return choice
+        weight = choice.weight.sum(1, keepdim=True)
+        return Choice(torch.zeros_like(weight, dtype=torch.long), weight)
 
     def _total(self, lora: Tensor | None, x: Tensor, choice: Choice) -> Tensor:
         if not self.sparse:

@@ -47,7 +47,7 @@ class PHATGOOSE(PrototypeRouter):
         mix or scope.
         """
         held = dict(experts.items())  # each is read once: a library reads files
-        columns = columns_of({name: expert.gates for name, expert in held.items()})
+        known = columns_of(held)
         if without := [name for name, expert in held.items() if not expert.gates]:
             shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
             raise UsageError(
@@ -56,6 +56,8 @@ class PHATGOOSE(PrototypeRouter):
                 hint=f"adaptlib train-router phatgoose --experts {','.join(without[:5])} TASKS",
             )
         gates = [expert.gates for expert in held.values()]
+        gated = {m: tuple(i for i in here if m in gates[i]) for m, here in known.items()}
+        columns = {module: here for module, here in gated.items() if here}
         return cls(
             experts=tuple(held),
             fitted=fingerprints(held),

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from adaptlib.errors import NotFoundError, UsageError
+from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Expert
 
 Mix = Literal["outputs", "factors"]
@@ -108,6 +109,12 @@ class Router(ABC):
         raise UsageError(
             f"router {self.name} has no measure of how well an expert fits, so no threshold"
         )
+
+    def blended(self, module: str, deltas: Sequence[Delta]) -> Delta | None:
+        """The one update that every token gets at `module`, where the choice depends on nothing
+        that comes in and says more than a weight for each expert; `deltas` are those of
+        `columns[module]`. None, as for most routers: the choice says all."""
+        return None
 
     @property
     def used(self) -> tuple[str, ...]:

@@ -43,6 +43,15 @@ class ScoringRouter(Router):
     def scores(self, module: str, x: Float[Tensor, "tok d_in"]) -> Float[Tensor, "tok here"]:
         """The score of each of `columns[module]` for each token, float32, larger is better."""
 
+    def pooled(
+        self,
+        module: str,
+        x: Float[Tensor, "sequence tok d_in"],
+        mask: Bool[Tensor, "sequence tok"],
+    ) -> Float[Tensor, "sequence here"]:
+        """The scores of whole sequences, with scope "sequence"; padding has `mask` False."""
+        return pool(self.scores(module, x.flatten(0, 1)).unflatten(0, mask.shape), mask)
+
     @property
     def most(self) -> int:
         return min(self.top_k, max(len(here) for here in self.columns.values()))

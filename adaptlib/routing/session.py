@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptlib.errors import RefusedError, UsageError
 from adaptlib.routing.bank import Bank
 from adaptlib.routing.router import Choice, Router
-from adaptlib.routing.scoring import ScoringRouter, pool
+from adaptlib.routing.scoring import ScoringRouter
 from adaptlib.routing.together import Together
 from adaptlib.routing.trace import Trace
 
@@ -225,8 +225,7 @@ class Session:
                 choice = self._of_weights(module, self.weights.to(x.device))
             else:
                 assert isinstance(self.router, ScoringRouter)  # checked by attach
-                scores = self.router.scores(module, x.flatten(0, 1))
-                choice = self.router.choose(module, pool(scores.unflatten(0, mask.shape), mask))
+                choice = self.router.choose(module, self.router.pooled(module, x, mask))
             choice = self.kept[module] = self._fitting(choice, 1)
         return choice
 

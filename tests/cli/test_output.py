@@ -66,7 +66,7 @@ RUN = {  # what an example's names stand for in the library of these tests
     "sql:v2": "sums",
 }
 # They need a model, a task or more experts, and have files of their own.
-SKIP = ("route", "cluster", "merge", "train", "train-library")
+SKIP = ("route", "cluster", "merge", "train", "train-library", "train-router", "bench", "eval")
 
 
 @pytest.mark.parametrize(("name", "line"), examples(), ids=lambda v: v)

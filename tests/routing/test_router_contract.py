@@ -1,7 +1,7 @@
 """What every router in ROUTERS promises. A new router is held to it before it has a test."""
 
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -34,8 +34,37 @@ def tokenizer():
 
 
 @pytest.fixture
-def experts(llama, mixed):
-    return mixed(llama)
+def experts(llama, mixed, request):
+    """Of several kinds and ranks, each with gates; LoRA alone where factors are averaged."""
+    asked = getattr(request.node, "callspec", None)
+    only_lora = asked is not None and {"mhr", "poly"} & {
+        value for value in asked.params.values() if isinstance(value, str)
+    }
+    random = torch.Generator().manual_seed(8)
+    return {
+        name: replace(
+            expert,
+            gates={
+                module: torch.randn(delta.shape[1], generator=random)
+                for module, delta in expert.deltas.items()
+            },
+        )
+        for name, expert in mixed(llama).items()
+        if expert.kind == "lora" or not only_lora
+    }
+
+
+def learned(experts, router):
+    """What training would have found, for any experts."""
+    random, found = torch.Generator().manual_seed(9), {}
+    for module in {m: None for expert in experts.values() for m in expert.deltas}:
+        deltas = [e.deltas[module] for e in experts.values() if module in e.deltas]
+        sizes = {"rows": (len(deltas), deltas[0].shape[1]), "bias": (len(deltas),)}
+        if router != "mope":
+            sizes = {"logits": (2, 2 if router == "mhr" else 1, len(deltas))}
+        for kind, size in sizes.items():
+            found.setdefault(kind, {})[module] = torch.randn(size, generator=random)
+    return found if router == "mope" else found | {"tasks": ["one", "two"], "task": "two"}
 
 
 @pytest.fixture
@@ -51,9 +80,17 @@ def needed(llama, tokenizer):
 
 
 @pytest.fixture
-def fit(needed):
+def fit(needed, experts):
+    all_of_them = experts
+
     def fitted(name, experts, **options):
-        return ROUTERS[name].fit(experts, **needed.get(name, {}), **options)
+        given = dict(needed.get(name, {}))
+        if name in ("mhr", "mope", "poly"):
+            given |= learned(all_of_them, name) if experts else {"tasks": []}
+            given.setdefault("logits" if name != "mope" else "rows", {})
+        if name == "mope":
+            given = {"rows": {}, "bias": {}} | {k: v for k, v in given.items() if k != "tasks"}
+        return ROUTERS[name].fit(experts, **given, **options)
 
     return fitted
 

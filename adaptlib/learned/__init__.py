@@ -1,0 +1,1 @@
+"""Routers that are trained, and what experts carry for them."""
