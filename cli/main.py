@@ -35,6 +35,9 @@ from . import (
     train_router,
     verify,
 )
+from . import (
+    eval as eval_,
+)
 
 app = typer.Typer(
     name="adaptlib",
@@ -79,6 +82,7 @@ COMMANDS = {
     "train": train.train,
     "train-library": train_library.train_library,
     "train-router": train_router.train_router,
+    "eval": eval_.evaluate,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

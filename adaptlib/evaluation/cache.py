@@ -152,7 +152,7 @@ def _add(found: Any, name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         raw = value.detach().cpu().contiguous().reshape(-1)
-        found.update(memoryview(raw.view(torch.uint8).numpy()))
+        found.update(raw.view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         found.update(f"{name} {{{len(value)}\n".encode())
         for key in sorted(value, key=str):

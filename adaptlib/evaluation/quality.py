@@ -213,6 +213,7 @@ def _chosen(
     if isinstance(router, TextRouter):
         texts = tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)
         rank = router.fits(TextEmbedding(router.idf).embed(texts)).double()
+        ties = weights > 0  # one that lacks modules weighs less in all, and may fit best
     best = rank.masked_fill(~ties, -torch.inf).argmax(1).tolist()
     alone = (top[:, 0] <= 0).tolist()
     return [None if none else router.experts[i] for i, none in zip(best, alone, strict=True)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-from jaxtyping import Float
 
 from adaptlib.errors import UsageError
 
@@ -96,9 +95,9 @@ def paired(
     """Compare two on the same rows of the same tasks.
 
     `p` is two-sided, of a sign-flip permutation test: if the two are alike, each row's difference
-    might as well have the other sign. It is (1 + k) / (1 + permutations), where k permutations give
-    a mean over tasks at least as far from 0. It says nothing of other tasks; the interval, for which
-    tasks are resampled too, does. UsageError where the rows are not the same.
+    might as well have the other sign. It is (1 + k) / (1 + permutations), where k permutations
+    give a mean over tasks at least as far from 0. It says nothing of other tasks; the interval, for
+    which tasks are resampled too, does. UsageError where the rows are not the same.
     """
     if [len(task) for task in a] != [len(task) for task in b]:
         raise UsageError(
@@ -121,7 +120,7 @@ def paired(
     )
 
 
-def _flipped(differences: Sequence[Float[np.ndarray, " row"]], count: int, seed: int) -> float:
+def _flipped(differences: Sequence[np.ndarray], count: int, seed: int) -> float:
     """The share of random signs of the rows that give as large a mean over tasks."""
     weights = np.concatenate([task / (len(task) * len(differences)) for task in differences])
     total = weights.sum()

@@ -202,8 +202,8 @@ def check_card(source: str, packed: Packed) -> None:
 
 
 def check_structure(source: str, packed: Packed) -> None:
-    """Each module has its two tensors, and a gate or none, of fitting shapes and dtypes, and nothing
-    is left over."""
+    """Each module has its two tensors, and a gate or none, of fitting shapes and dtypes, and
+    nothing is left over."""
     check_card(source, packed)
     parts = _PARTS[packed.kind]
     wanted = {f"{module}.{part}" for module in packed.modules for part in parts}

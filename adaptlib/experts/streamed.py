@@ -69,9 +69,9 @@ class Streamed(Deltas):
 
 
 def streamed(source: str, manifest: Manifest, store: Store) -> Expert:
-    """The expert of `manifest`, to be read from `store` bit by bit, without gates, which are no part
-    of its updates. Its blob is verified here, in pieces, and checked against the manifest. `source`
-    is what errors call it."""
+    """The expert of `manifest`, to be read from `store` bit by bit, without gates, which are no
+    part of its updates. Its blob is verified here, in pieces, and checked against the manifest.
+    `source` is what errors call it."""
     blob = Digest.parse(manifest.blob.digest)
     view = store.view(blob)  # verified by reading, not through the mapping
     assemble(source, manifest, view)

@@ -66,9 +66,12 @@ def slow(model, tokenizer, experts, router, own):
     means, choices, added, toks = [], [], 0, 0
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer(prompt).input_ids])
-        with attach(model, experts, router, tokenizer=tokenizer) as routed:
-            with torch.no_grad(), routed.record() as trace:
-                routed(ids)
+        with (
+            attach(model, experts, router, tokenizer=tokenizer) as routed,
+            torch.no_grad(),
+            routed.record() as trace,
+        ):
+            routed(ids)
         total = dict.fromkeys(names, 0.0)
         for module, ((index, weight),) in trace.choices.items():
             for some, much in zip(index.tolist(), weight.tolist(), strict=True):
@@ -82,7 +85,7 @@ def slow(model, tokenizer, experts, router, own):
                         added += rank * (d_out + d_in) if rank else len(delta.values)
         toks += ids.shape[1]
         means.append(total)
-    tops = [max(names, key=total.__getitem__) for total in means]
+    tops = [max(names, key=total.__getitem__) if any(total.values()) else None for total in means]
     mean = [sum(total[name] for total in means) / len(means) for name in names]
     pairs = [(o, t) for o, t in zip(own, tops, strict=True) if o in names]
     return {
