@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptlib.clustering import mbc as mbc
+    from adaptlib.evaluation import compare as compare
+    from adaptlib.evaluation import evaluate as evaluate
     from adaptlib.experts import Delta as Delta
     from adaptlib.experts import Expert as Expert
     from adaptlib.experts import Library as Library
@@ -19,19 +21,26 @@ if TYPE_CHECKING:
     from adaptlib.experts.arithmetic import negate as negate
     from adaptlib.experts.prototypes import catalogue as catalogue
     from adaptlib.experts.shelf import Shelf as Shelf
+    from adaptlib.learned.gates import train_gate as train_gate
+    from adaptlib.learned.train import adapt as adapt
+    from adaptlib.learned.train import train_router as train_router
     from adaptlib.merging import MERGES as MERGES
     from adaptlib.routing import LAG as LAG
     from adaptlib.routing import LORAUTER as LORAUTER
+    from adaptlib.routing import MHR as MHR
     from adaptlib.routing import PHATGOOSE as PHATGOOSE
     from adaptlib.routing import ROUTERS as ROUTERS
     from adaptlib.routing import Arrow as Arrow
     from adaptlib.routing import CentroidMatching as CentroidMatching
     from adaptlib.routing import LoGo as LoGo
     from adaptlib.routing import LoraRetriever as LoraRetriever
+    from adaptlib.routing import MoPE as MoPE
     from adaptlib.routing import Named as Named
+    from adaptlib.routing import Polytropon as Polytropon
     from adaptlib.routing import Random as Random
     from adaptlib.routing import SpectR as SpectR
     from adaptlib.routing import TaskPredictor as TaskPredictor
+    from adaptlib.routing import TunedArrow as TunedArrow
     from adaptlib.routing import Uniform as Uniform
     from adaptlib.routing import attach as attach
     from adaptlib.routing import calibrate as calibrate
@@ -59,10 +68,14 @@ _HOME = {
     "PHATGOOSE": "adaptlib.routing",
     "ROUTERS": "adaptlib.routing",
     "Random": "adaptlib.routing",
+    "Polytropon": "adaptlib.routing",
+    "MoPE": "adaptlib.routing",
+    "MHR": "adaptlib.routing",
     "Shelf": "adaptlib.experts.shelf",
     "SparseDelta": "adaptlib.experts",
     "SpectR": "adaptlib.routing",
     "TaskPredictor": "adaptlib.routing",
+    "TunedArrow": "adaptlib.routing",
     "Uniform": "adaptlib.routing",
     "attach": "adaptlib.routing",
     "calibrate": "adaptlib.routing",
@@ -76,6 +89,11 @@ _HOME = {
     "shortlist": "adaptlib.routing.shortlist",
     "subtract": "adaptlib.routing",
     "train": "adaptlib.training",
+    "adapt": "adaptlib.learned.train",
+    "train_gate": "adaptlib.learned.gates",
+    "train_router": "adaptlib.learned.train",
+    "evaluate": "adaptlib.evaluation",
+    "compare": "adaptlib.evaluation",
     "write_peft": "adaptlib.experts",
 }
 

@@ -7,11 +7,11 @@ from . import out
 
 
 def print_evaluation(document: Mapping[str, Any], *, by_task: bool, quiet: bool) -> None:
-    """Tables for people; with `quiet` names and means alone, tab-separated."""
+    """Tables for people; with `quiet` names and means alone, two spaces between."""
     routers = document["routers"]
     if quiet:
         for row in routers:
-            out.line(f"{row['router']}\t{row['metric']}\t{row['value']:.4f}")
+            out.line(f"{row['router']}  {row['metric']}  {row['value']:.4f}")
         return
     for metric in dict.fromkeys(row["metric"] for row in routers):
         _routers(document, metric)

@@ -4,6 +4,7 @@ A new router is one file and one line in ROUTERS.
 """
 
 from adaptlib.routing.arrow import Arrow
+from adaptlib.routing.arrow_tuned import TunedArrow
 from adaptlib.routing.attach import Routed, attach
 from adaptlib.routing.calibrate import Calibration, calibrate
 from adaptlib.routing.centroid import CentroidMatching
@@ -28,6 +29,7 @@ from adaptlib.routing.uniform import Uniform
 
 ROUTERS: dict[str, type[Router]] = {
     "arrow": Arrow,
+    "arrow_tuned": TunedArrow,
     "cm": CentroidMatching,
     "lag": LAG,
     "logo": LoGo,
@@ -67,6 +69,7 @@ __all__ = [
     "SpectR",
     "TaskPredictor",
     "Trace",
+    "TunedArrow",
     "Uniform",
     "attach",
     "calibrate",

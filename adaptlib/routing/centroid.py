@@ -1,7 +1,7 @@
 """Centroid matching: route to the experts whose task's hidden states are most like the token's (CM
 in arXiv:2405.11157, among its baselines)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -59,14 +59,14 @@ class CentroidMatching(ScoringRouter):
         """
         held = dict(experts.items())  # each is read once: a library reads files
         columns = columns_of(held)
-        texts = _texts(held, samples, count)
+        texts = sample_texts(held, samples, count)
         modules = dict(model.named_modules())
         if missing := [module for module in columns if module not in modules]:
             raise BaseMismatchError(f"the experts adapt {missing[0]}, which this model lacks")
         centroids: dict[str, list[Tensor]] = {module: [] for module in columns}
-        with _borrowed(model):
+        with borrowed(model):
             for name, expert in held.items():
-                ids = _ids(name, texts[name], tokenizer, model)
+                ids = prompt_ids(name, texts[name], tokenizer, model)
                 wanted = {module: modules[module] for module in expert.deltas}
                 for module, ends in _ends(model, wanted, ids).items():
                     mean = nn.functional.normalize(ends, dim=1).mean(0)
@@ -100,9 +100,10 @@ class CentroidMatching(ScoringRouter):
         return replace(self, centroids=placed)
 
 
-def _texts(
-    experts: Mapping[str, Expert], samples: Mapping[str, Sequence[str]], count: int
+def sample_texts(
+    experts: Iterable[str], samples: Mapping[str, Sequence[str]], count: int
 ) -> dict[str, list[str]]:
+    """The first `count` samples of each expert. UsageError for one that has none."""
     if count < 1:
         raise UsageError(f"count is 1 or more; got {count}")
     found = {}
@@ -110,7 +111,7 @@ def _texts(
         given = samples.get(name, ())
         if isinstance(given, str) or not len(given):
             raise UsageError(
-                f"centroid matching wants sample prompts of every expert, a list of texts; {name} "
+                f"this router wants sample prompts of every expert, a list of texts; {name} "
                 f"has {'one text' if given else 'none'}",
                 hint=f"samples={{{name!r}: [about 10 prompts of its task], ...}}",
             )
@@ -118,7 +119,7 @@ def _texts(
     return found
 
 
-def _ids(name: str, texts: Sequence[str], tokenizer: Any, model: Any) -> list[list[int]]:
+def prompt_ids(name: str, texts: Sequence[str], tokenizer: Any, model: Any) -> list[list[int]]:
     """The ids of each text as a prompt: without an eos that the tokenizer puts at the end."""
     eos, found = tokenizer.eos_token_id, []
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -168,7 +169,7 @@ def _ends(
 
 
 @contextmanager
-def _borrowed(model: Any) -> Iterator[None]:
+def borrowed(model: Any) -> Iterator[None]:
     """Without gradients and dropout; each module's mode is as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -71,6 +71,7 @@ def learned(experts, router):
 def needed(llama, tokenizer):
     """The options that have no default, by router."""
     return {
+        "arrow_tuned": {"model": llama, "tokenizer": tokenizer, "samples": TEXTS},
         "cm": {"model": llama, "tokenizer": tokenizer, "samples": TEXTS},
         "loraretriever": {"samples": TEXTS},
         "lorauter": {"samples": TEXTS},
