@@ -74,14 +74,16 @@ class TunedArrow(ScoringRouter):
         if samples is not None:
             groups = sample_texts(arrow.experts, samples, count)
             ids = [
-                row for name, some in groups.items() for row in _ids(name, some, tokenizer, model)
+                row
+                for name, some in groups.items()
+                for row in prompt_ids(name, some, tokenizer, model)
             ]
             owners = torch.tensor(
                 [i for i, some in enumerate(groups.values()) for _ in some], dtype=torch.long
             )
         else:
             assert texts is not None
-            ids = _ids("the texts", texts, tokenizer, model)
+            ids = prompt_ids("the texts", texts, tokenizer, model)
         modules = dict(model.named_modules())
         if missing := [module for module in arrow.columns if module not in modules]:
             raise BaseMismatchError(f"the experts adapt {missing[0]}, which this model lacks")
@@ -137,10 +139,6 @@ class TunedArrow(ScoringRouter):
             for name in ("prototypes", "centre", "scale", "shift")
         }
         return replace(self, **tables)
-
-
-def _ids(name: str, texts: Sequence[str], tokenizer: Any, model: Any) -> list[list[int]]:
-    return prompt_ids(name, texts, tokenizer, model)
 
 
 def _equal(arrow: Arrow) -> tuple[dict[str, Tensor], Tensor]:

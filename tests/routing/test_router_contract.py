@@ -341,5 +341,5 @@ def test_it_runs_a_model_and_generates(router, experts, llama, prompts, tokenize
     shares = trace.shares()
     whole = sum(shares.values())
     # of a whole prompt's experts, those that lack a module add nothing there
-    assert 0 < whole <= 1 + 1e-6 if isinstance(router, PromptRouter) else whole == pytest.approx(1)
+    assert 0 < whole <= 1 + 1e-6 if router.scope == "prompt" else whole == pytest.approx(1)
     assert {name for name, share in shares.items() if share} <= set(router.used)
