@@ -13,9 +13,9 @@ Instruction = Annotated[
 RouterOption = Annotated[
     str | None,
     typer.Option(
-        help="arrow, arrow_tuned, cm, lag, logo, loraretriever, lorauter, phatgoose, random, spectr, "
-        "tp, uniform, named:EXPERT for one alone, or mhr:NAME, mope:NAME, poly:NAME, saved:NAME for one that "
-        "is kept; arrow if not said.",
+        help="arrow, arrow_tuned, cm, lag, logo, loraretriever, lorauter, phatgoose, random, "
+        "spectr, tp, uniform, named:EXPERT for one alone, or mhr:NAME, mope:NAME, poly:NAME, "
+        "saved:NAME for one that is kept; arrow if not said.",
         show_default=False,
     ),
 ]
