@@ -3,7 +3,7 @@
     python benchmarks/bundle.py --data DATA [--workers 2] [--rows 100]
 
 `DATA` (or ADAPTLIB_DATA) holds tasks.tar.xz, tasks.json and text/. Writes docs/results.json as it goes,
-so a run that was interrupted goes on, and then docs/results.md, whose second part this is.
+so a run that was interrupted goes on, and then docs/results-experts.md, whose second part this is.
 """
 
 import argparse

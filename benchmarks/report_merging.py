@@ -1,4 +1,4 @@
-"""The merging part of docs/results.md."""
+"""The merging part of docs/results-experts.md."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

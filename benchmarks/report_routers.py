@@ -1,4 +1,4 @@
-"""The part of docs/results.md on all routers over the LoRA experts."""
+"""The part of docs/results-experts.md on all routers over the LoRA experts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The routing part of docs/results.md."""
+"""The routing part of docs/results-experts.md."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

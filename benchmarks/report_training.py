@@ -1,4 +1,4 @@
-"""The training part of docs/results.md."""
+"""The training part of docs/results-experts.md."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

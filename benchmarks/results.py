@@ -1,4 +1,4 @@
-"""docs/results-training.json and the first part of docs/results.md, from what training gave.
+"""docs/results-training.json and the first part of docs/results-experts.md, from what training gave.
 
     python benchmarks/results.py --scores OUT/scores.jsonl
 

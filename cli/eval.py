@@ -107,9 +107,13 @@ def evaluate(
                     _expanded(opened, words(experts)), only_base)  # fmt: skip
     base_id, revision = one_base(opened, chosen)
 
+    import torch
+
     from adaptlib.experts import base as bases
+    from adaptlib.training.space import threads_for
 
     base, tokenizer = bases.load(model or base_id, revision=None if model else revision)
+    torch.set_num_threads(threads_for(base))
     held = {name: opened[name] for name in chosen}
     from adaptlib.evaluation import own_experts
 

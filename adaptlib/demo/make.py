@@ -1,4 +1,4 @@
-"""Train and score everything that the bundle and docs/results.md are made of.
+"""Train and score everything that the bundle and docs/results-experts.md are made of.
 
     python -m adaptlib.demo.make --data DATA --base BASE --out OUT --workers 2
 

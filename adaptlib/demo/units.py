@@ -67,7 +67,7 @@ TASKS = (
 CONTROLS = frozenset(
     ("arc_easy", "openbookqa", "social_iqa", "mnli", "winogrande", "fv_person_occupation")
 )
-FULL = TASKS[:20]  # those that docs/results.md merges
+FULL = TASKS[:20]  # those that docs/results-experts.md merges
 # What experts of several tasks are grouped by: their parameters, and three controls.
 GROUPINGS = ("mbc", "category", "text", "random")
 

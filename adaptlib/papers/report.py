@@ -56,7 +56,7 @@ def _lines(made: Mapping[str, Any], budget: Budget) -> Iterator[str]:
     yield "Written by `adaptlib bench papers`; nobody edits it. Numbers are exact match (greedy,"
     yield "case-insensitive, outer whitespace left out) on test rows, as measured. Training alone, sparse"
     yield "against LoRA, merges by number of experts and routers over fully trained experts are in"
-    yield "[results-training.md](results-training.md)."
+    yield "[results-experts.md](results-experts.md)."
     yield ""
     yield f"**One budget for all.** Each method that trains sees the first {budget.rows} rows of each held-in"
     yield f"task {budget.epochs} times, and the first {budget.score_rows} test rows of each task are scored. The experts of the"
