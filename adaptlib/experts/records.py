@@ -1,5 +1,6 @@
 """Saved results that are no experts, such as clusterings: JSON under refs of their own."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,5 +44,10 @@ def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
     digest = store.refs().get(ref)
     if digest is None:
         known = [str(r).split("/", 1)[1] for r in store.refs() if r.name.startswith(f"{kind}/")]
-        raise NotFoundError(f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}")
+        close = difflib.get_close_matches(name, known, n=1)
+        made = {"routers": "adaptlib route --save", "clusterings": "adaptlib cluster --save"}
+        raise NotFoundError(
+            f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}",
+            hint=f"did you mean {close[0]}?" if close else f"{made[kind]} {name} keeps one",
+        )
     return parse_json(str(ref), store.get(digest))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adaptlib.cli import route
 
 from adaptlib.experts import Library
+from adaptlib.routing import MHR, save_router
 from tests.tiny import make_expert
 
 PROMPT = ("route", "--prompt", "a b c d")
@@ -163,7 +165,8 @@ def test_a_router_that_needs_more_says_what(run: Any) -> None:
     assert result.code == 2
     assert result.error["message"] == "router cm needs samples"
     assert run(*PROMPT, "--router", "named").code == 2
-    assert run(*PROMPT, "--router", "arrow:e0").code == 2
+    kept = run(*PROMPT, "--router", "arrow:e0", "--json")
+    assert (kept.code, kept.error["hint"]) == (3, "adaptlib route --save e0 keeps one")
 
 
 def test_what_cannot_be_compared(run: Any, routed_library: Library) -> None:
@@ -280,6 +283,14 @@ def test_every_example_works(
         line = line[piped.end() :]
     routed_library.tag("e0", "sums")
     run("cluster", "--k", "2", "--save", "tasks")
+    if "mhr:skills" in line:
+        skills = {name: routed_library[name] for name in routed_library.names()}
+        skills = {name: expert for name, expert in skills.items() if expert.kind == "lora"}
+        logits: dict[str, torch.Tensor] = {}
+        for module in {m for expert in skills.values() for m in expert.deltas}:
+            count = sum(module in expert.deltas for expert in skills.values())
+            logits[module] = torch.randn(1, 2, count)
+        save_router(routed_library, "skills", MHR.fit(skills, logits=logits, tasks=["sums"]))
     result = run(*shlex.split(line)[1:])
     assert result.code == 0, result.err
 
