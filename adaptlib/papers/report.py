@@ -73,6 +73,7 @@ def _lines(made: Mapping[str, Any], budget: Budget) -> Iterator[str]:
     yield ""
     yield from _claims(made["claims"])
     yield ""
+    yield from _collapse(made["collapse"])
     yield "## Tasks that were trained on, and tasks that were not"
     yield ""
     yield from _methods(made["methods"])
@@ -136,6 +137,16 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     yield f'"Near", "at least" and "as good as" allow .05 less: they hold where the interval stays above -{MARGIN:.2f},'
     yield "fail where the difference itself is below; between these it is not settled. p is of a sign-flip test over rows."
+
+
+def _collapse(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Whether learned routing has collapsed, as the MoPE case study finds of routing by example."""
+    for name, row in found.items():
+        verdict = "has **collapsed**" if row["collapsed"] else "has **not collapsed**"
+        yield f"{WORDS[name]} {verdict}: prompts of all held-in tasks get as many different mixtures as"
+        yield f"{row['varied']:.2f} (1 is the same for all), with an entropy of {row['entropy']:.2f} nats and {row['used']:.1f} of 8 experts used. That"
+        yield "per-example routing collapses is a finding of the MoPE case study."
+        yield ""
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

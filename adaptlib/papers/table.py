@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptlib.evaluation.statistics import interval, paired
+from adaptlib.evaluation.statistics import RESAMPLES, interval, paired
 from adaptlib.papers.units import CONTROLS, FEW_SHOT, HELD_IN, HELD_OUT, SYSTEMS
 
 Hits = dict[str, np.ndarray]  # by task, for each test row the share of seeds that answer it
@@ -16,6 +16,8 @@ CLAIMS: tuple[tuple[str, str, str, str, str], ...] = (
     ("MBC + Arrow is at least joint training on held-out tasks (arXiv:2405.11157)", "held_out", "mbc_arrow", "joint", "least"),
     ("Merged sparse experts are above merged LoRA on held-in tasks (arXiv:2507.07140)", "held_in", "sparse_merge", "merge_linear", "above"),
     ("MHR is above Polytropon on new tasks (arXiv:2211.03831)", "few_shot", "mhr_full", "poly_full", "above"),
+    ("MHR is above Polytropon on the tasks that both were trained on (arXiv:2211.03831)", "held_in", "mhr", "poly", "above"),
+    ("Skills by task are above one joint adapter on held-in tasks (arXiv:2202.13914, 2211.03831)", "held_in", "mhr", "joint", "above"),
     ("MHR-z is above Polytropon-z on new tasks (arXiv:2211.03831)", "few_shot", "mhr_z", "poly_z", "above"),
     ("MHR-μ is as good as MHR on new tasks (arXiv:2211.03831)", "few_shot", "mhr_mu", "mhr_full", "least"),
     ("A mixture has no consistent gain over one adapter on held-out tasks (MoPE case study)", "held_out", "mope_token", "joint", "none"),
@@ -23,10 +25,15 @@ CLAIMS: tuple[tuple[str, str, str, str, str], ...] = (
     ("SpectR is above Arrow on held-in tasks (arXiv:2504.03454)", "held_in", "spectr", "arrow", "above"),
     ("Routing trained on Arrow's scores is above Arrow on held-in tasks (ours)", "held_in", "arrow_tuned", "arrow", "above"),
 )  # fmt: skip
+COLLAPSED = (
+    1.5  # as many different mixtures as prompts of 26 tasks get, where routing has collapsed
+)
 MARGIN = 0.05  # "near" and "at least" allow this much
 
 
-def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summary(
+    found: Mapping[str, Mapping[str, Any]], *, resamples: int = RESAMPLES
+) -> dict[str, Any]:
     """Everything that the report and `--json` say, as plain data: `methods`, `few_shot`, `claims`.
 
     Means are over tasks, each counting alike; intervals are percentile intervals of a bootstrap
@@ -38,9 +45,10 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     scored = {name: lines for name in SYSTEMS if (lines := _lines(found, "score", name))}
     adapted = {name: lines for name in FEW_SHOT if (lines := _lines(found, "adapt", name))}
-    methods = [_method(name, lines, groups) for name, lines in scored.items()]
+    methods = [_method(name, lines, groups, resamples) for name, lines in scored.items()]
     few = [
-        _method(name, lines, {"few_shot": groups["held_out"]}) for name, lines in adapted.items()
+        _method(name, lines, {"few_shot": groups["held_out"]}, resamples)
+        for name, lines in adapted.items()
     ]
     training = {
         str(line["unit"]).removeprefix("train-"): {
@@ -50,11 +58,17 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if str(line["unit"]).startswith("train-")
     }  # fmt: skip
     hits = {name: _hits(lines) for name, lines in (scored | adapted).items()}
-    claims = [_claim(claim, hits, groups) for claim in CLAIMS]
+    claims = [_claim(claim, hits, groups, resamples) for claim in CLAIMS]
     return {
         "methods": methods,
         "few_shot": few,
         "claims": [claim for claim in claims if claim is not None],
+        "collapse": {
+            row["method"]: {key: row[key] for key in ("entropy", "used", "varied")}
+            | {"collapsed": row["varied"] < COLLAPSED}
+            for row in methods
+            if row["method"].startswith("mope") and row["varied"] is not None
+        },
         "training": training,
         "tasks": _by_task(scored, [*HELD_IN, *HELD_OUT]),
     }
@@ -75,7 +89,10 @@ def _hits(lines: Sequence[Mapping[str, Any]]) -> Hits:
 
 
 def _method(
-    name: str, lines: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
+    name: str,
+    lines: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Sequence[str]],
+    resamples: int,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"method": name, "seeds": len(lines)}
     hits = _hits(lines)
@@ -84,7 +101,7 @@ def _method(
         if not values:
             row |= {group: None, f"{group}_interval": None, f"{group}_seeds": None}
             continue
-        mean, low, high = interval(values)
+        mean, low, high = interval(values, resamples=resamples)
         each = [
             float(np.mean([np.mean([int(c) for c in line["hits"][t]]) for t in tasks if t in hits]))
             for line in lines
@@ -99,7 +116,10 @@ def _method(
 
 
 def _claim(
-    claim: tuple[str, str, str, str, str], hits: Mapping[str, Hits], groups: Mapping[str, Any]
+    claim: tuple[str, str, str, str, str],
+    hits: Mapping[str, Hits],
+    groups: Mapping[str, Any],
+    resamples: int,
 ) -> dict[str, Any] | None:
     text, group, a, b, kind = claim
     if a not in hits or b not in hits:
@@ -107,7 +127,7 @@ def _claim(
     tasks = groups["held_out" if group == "few_shot" else group]
     tasks = [task for task in tasks if task in hits[a] and task in hits[b]]
     one, other = ([hits[name][task] for task in tasks] for name in (a, b))
-    found = paired(one, other)
+    found = paired(one, other, resamples=resamples, permutations=resamples)
     values = {"a": float(np.mean([v.mean() for v in one]))}
     values |= {"b": float(np.mean([v.mean() for v in other]))}
     if kind == "above":
