@@ -250,7 +250,7 @@ def _samples(
             found[own[task.name]] = [task.prompt(row) for row in rows if isinstance(row, Row)]
     if found:
         notes.append(
-            f"{', '.join(wanting)} know {out.count(len(found), 'expert')} by {SAMPLES} train "
+            f"for {', '.join(wanting)}, {out.count(len(found), 'expert')} known by {SAMPLES} train "
             "prompts of these tasks; --samples DIR gives those of others"
         )
     return found or None

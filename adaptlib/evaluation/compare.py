@@ -104,8 +104,8 @@ def compare(
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         notes.append(
-            f"no expert was trained on {', '.join(unknown[:3])}{more}: no oracle there, so they "
-            "count in no oracle share and no regret"
+            f"no expert was trained on {', '.join(unknown[:3])}{more}, so there is no oracle: left "
+            "out of oracle shares and regrets"
         )
     quality = {
         subject.label: _quality(model, tokenizer, subject, tasks, own, split, limits)
