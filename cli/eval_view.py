@@ -78,4 +78,4 @@ def _number(value: float | None) -> str:
 
 
 def _p(value: float) -> str:
-    return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0")
+    return "<.001" if value < 0.001 else f"{value:.3f}"

@@ -1,6 +1,5 @@
 """Metrics: one float a row. A new one is a function, and a line in METRICS."""
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,9 +113,14 @@ METRICS: dict[str, Metric] = {
 def metric_of(name: str) -> Metric:
     """The metric of this name; NotFoundError says which there are."""
     if name not in METRICS:
+        import difflib
+
         close = difflib.get_close_matches(name, METRICS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise NotFoundError(
-            f"no metric {name!r}; there are: {', '.join(METRICS)}",
-            hint=f"did you mean --metric {close[0]}?" if close else "--metric exact_match",
+            f"no metric {name!r}{meant} There are: {', '.join(METRICS)}"
+            if close
+            else f"no metric {name!r}; there are: {', '.join(METRICS)}",
+            hint=f"--metric {close[0] if close else 'exact_match'}",
         )
     return METRICS[name]

@@ -1,13 +1,11 @@
-"""Scores of a model, whatever is on it, on one task: what `evaluate` does, without a router."""
+"""Scores of a model on a task: exact match, and the accuracy of the likeliest label."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from adaptlib.errors import UsageError
-from adaptlib.evaluation.answers import Limits, check_outputs, longest_output
-from adaptlib.evaluation.evaluate import Subject, evaluate
-from adaptlib.evaluation.metrics import same
-from adaptlib.training.tasks import Task
+from adaptlib.evaluation.answers import Asked, Limits, Records, answers, labels, longest_output
+from adaptlib.evaluation.metrics import likeliest, same
+from adaptlib.training.tasks import Task, output_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,18 +39,18 @@ def exact_match(
     max_new_tokens: int | None = None,
     max_length: int = 512,
 ) -> Score:
-    """The share of rows whose greedy answer is the output, but for case and outer whitespace.
+    """The share of rows whose greedy answer is the output, but for case and outer whitespace; see
+    `answers.answers` for how an answer is found.
 
-    Of a conversation the last answer is asked for, after all that was said before. An answer ends
-    at eos, at the first newline (of a conversation, at what the chat template puts after an
-    answer) or after `max_new_tokens` (default: the longest output of the task, and its end).
-    `limit` takes the first rows of the split. Rows are generated in left-padded batches of about
-    the same length; the result does not depend on that. `model` is anything that generates as a
-    transformers causal model does: one of those, or one with experts attached. Raises UsageError
-    for a task of texts, which have no output to compare with.
+    `limit` takes the first rows of the split. `model` is anything that generates as a transformers
+    causal model does: one of those, or one with experts attached. `evaluate` does the same with a
+    cache. Raises UsageError for a task of texts, which have no output to compare with.
     """
+    asked = _asked(task, split, limit)
     limits = Limits(batch_size, max_length, max_new_tokens)
-    return _score(model, tokenizer, task, "exact_match", split, limit, limits)
+    found = _all(answers(model, tokenizer, asked, limits))
+    said = tuple(found[place]["answer"] for place in asked.places)
+    return _score(asked, "exact_match", said, found)
 
 
 def label_accuracy(
@@ -67,25 +65,24 @@ def label_accuracy(
 ) -> Score:
     """The share of rows whose output is the label with the highest mean log-likelihood per token
     (its eos counted). Raises UsageError for a task without labels (see `Task.labels`)."""
-    check_outputs(task)
-    if not task.labels:
-        raise UsageError(f"task {task.name} has free answers, not labels; use exact_match")
-    limits = Limits(batch_size, max_length)
-    return _score(model, tokenizer, task, "label_accuracy", split, limit, limits)
+    asked = _asked(task, split, limit)
+    found = _all(labels(model, tokenizer, asked, Limits(batch_size, max_length)))
+    said = tuple(likeliest(found[place], task) for place in asked.places)
+    return _score(asked, "label_accuracy", said, found)
 
 
-def _score(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    task: Task,
-    metric: str,
-    split: str,
-    rows: int | None,
-    limits: Limits,
-) -> Score:
-    check_outputs(task)
-    subject = Subject("model")
-    found = evaluate(
-        model, tokenizer, subject, task, metric=metric, split=split, rows=rows, limits=limits
-    )
-    return Score(task.name, split, metric, found.value, found.n, found.said, found.cut)
+def _asked(task: Task, split: str, limit: int | None) -> Asked:
+    return Asked(task, split, tuple(range(len(task.split(split)[:limit]))))
+
+
+def _all(batches: Any) -> Records:
+    found: Records = {}
+    for records in batches:
+        found |= records
+    return found
+
+
+def _score(asked: Asked, metric: str, said: tuple[str, ...], found: Records) -> Score:
+    hits = sum(same(p, output_of(row)) for p, row in zip(said, asked.rows, strict=True))
+    cut = sum(bool(record["cut"]) for record in found.values())
+    return Score(asked.task.name, asked.split, metric, hits / len(said), len(said), said, cut)
