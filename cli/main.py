@@ -7,92 +7,47 @@
 import os
 import sys
 import warnings
-from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from .commands import ALIASES, COMMANDS, asked, examples, load
 
-from . import (
-    add,
-    bench,
-    cluster,
-    diff,
-    doctor,
-    export,
-    gc,
-    init,
-    listing,
-    log,
-    merge,
-    mv,
-    out,
-    rm,
-    route,
-    show,
-    tag,
-    train,
-    train_library,
-    train_router,
-    verify,
-)
-from . import (
-    eval as eval_,
-)
-
-app = typer.Typer(
-    name="adaptlib",
-    help="Train, keep, group, merge and route the adapters of a language model.",
-    epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
-    invoke_without_command=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+if TYPE_CHECKING:
+    import typer
 
 
-@app.callback()
-def root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """Train, keep, group, merge and route the adapters of a language model."""
-    if version:
-        print(f"adaptlib {installed_version('adaptlib')}")
-    elif context.invoked_subcommand is None:
-        sys.stderr.write(context.get_help() + "\n")
-        raise typer.Exit(2)
+def application(*names: str) -> "typer.Typer":
+    """The command line with these commands."""
+    import typer
 
+    app = typer.Typer(
+        name="adaptlib",
+        help="Train, keep, group, merge and route the adapters of a language model.",
+        epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
+        invoke_without_command=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
-COMMANDS = {
-    "init": init.init,
-    "add": add.add,
-    "list": listing.list_experts,
-    "show": show.show,
-    "rm": rm.rm,
-    "mv": mv.mv,
-    "tag": tag.tag,
-    "log": log.log,
-    "diff": diff.diff,
-    "export": export.export,
-    "verify": verify.verify,
-    "gc": gc.gc,
-    "cluster": cluster.cluster,
-    "merge": merge.merge,
-    "route": route.route,
-    "train": train.train,
-    "train-library": train_library.train_library,
-    "train-router": train_router.train_router,
-    "eval": eval_.evaluate,
-    "bench": bench.bench,
-    "doctor": doctor.doctor,
-}
-ALIASES = {"ls": "list", "remove": "rm"}
+    @app.callback()
+    def root(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
+        """Train, keep, group, merge and route the adapters of a language model."""
+        if version:
+            _version()
+        elif context.invoked_subcommand is None:
+            sys.stderr.write(context.get_help() + "\n")
+            raise typer.Exit(2)
 
-for _name, _command in COMMANDS.items():
-    _examples = "\n".join(f"  {line}" for line in sys.modules[_command.__module__].EXAMPLES)
-    app.command(_name, epilog=f"\b\nExamples:\n{_examples}")(_command)
-for _alias, _name in ALIASES.items():
-    app.command(_alias, hidden=True)(COMMANDS[_name])
+    for name in names:
+        lines = "\n".join(f"  {line}" for line in examples(name))
+        app.command(name, epilog=f"\b\nExamples:\n{lines}")(load(name))
+    for alias, name in ALIASES.items():
+        if name in names:
+            app.command(alias, hidden=True)(load(name))
+    return app
 
 
 def run() -> None:
@@ -102,6 +57,8 @@ def run() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    if arguments == ["--version"]:
+        return _version()
     from adaptlib.errors import AdaptlibWarning
 
     with warnings.catch_warnings():
@@ -110,8 +67,19 @@ def invoke(arguments: list[str]) -> int:
         return _invoke(arguments)
 
 
+def _version() -> int:
+    from adaptlib import __version__
+
+    print(f"adaptlib {__version__}")
+    return 0
+
+
 def _invoke(arguments: list[str]) -> int:
+    import typer
+
     try:
+        name = asked(arguments)
+        app = application(name) if name else application(*COMMANDS)
         result = typer.main.get_command(app).main(
             args=arguments, prog_name="adaptlib", standalone_mode=False
         )
@@ -133,7 +101,7 @@ def _invoke(arguments: list[str]) -> int:
         return _failure(error, arguments)
 
 
-def _usage(error: typer.TyperException, arguments: list[str]) -> int:
+def _usage(error: "typer.TyperException", arguments: list[str]) -> int:
     message = error.format_message()
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "adaptlib"
@@ -185,6 +153,8 @@ def _failure(error: Exception, arguments: list[str]) -> int:
 
 
 def _say(code: int, message: str, hint: str | None, arguments: list[str]) -> None:
+    from . import out
+
     if "--json" in arguments:
         import msgspec
 
@@ -206,6 +176,8 @@ def _show_warning(
 ) -> None:
     """adaptlib's own warnings as a sentence; other libraries' only for those who debug."""
     from adaptlib.errors import AdaptlibWarning
+
+    from . import out
 
     if issubclass(category, AdaptlibWarning):
         out.note(f"Warning: {message}")

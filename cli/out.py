@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
-
 
 def document(command: str, **fields: Any) -> None:
     """One JSON document with its schema's name, such as `adaptlib.list/1`."""
+    import msgspec
+
     body = {"schema": f"adaptlib.{command}/1", **fields}
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(body), indent=2).decode() + "\n")
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adaptlib.cli import main
+import typer
+from adaptlib.cli import commands, main
 
 import adaptlib
 from adaptlib.experts import Library
 from adaptlib.experts.codec import pack, write_directory
 from tests.tiny import make_expert
 
-COMMANDS = sorted(main.COMMANDS)
+COMMANDS = sorted(commands.COMMANDS)
 
 
 def process(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,11 +33,7 @@ def process(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 
 
 def examples() -> list[tuple[str, str]]:
-    return [
-        (name, line)
-        for name, command in main.COMMANDS.items()
-        for line in sys.modules[command.__module__].EXAMPLES
-    ]
+    return [(name, line) for name in commands.COMMANDS for line in commands.examples(name)]
 
 
 def test_version_and_help(run: Any) -> None:
@@ -52,7 +49,7 @@ def test_every_command_helps(run: Any, name: str) -> None:
     assert (result.code, result.err) == (0, "")
     for option in ("--library", "--json", "--quiet", "Examples:"):
         assert option in result.out
-    lines = sys.modules[main.COMMANDS[name].__module__].EXAMPLES
+    lines = commands.examples(name)
     assert len(lines) >= 2
     assert all(line in result.out for line in lines)
 
@@ -75,8 +72,8 @@ def test_every_example_works(
 ) -> None:
     words = shlex.split(line)
     words = words[words.index("adaptlib") + 1 :]
-    assert words[0] in (name, *(a for a, n in main.ALIASES.items() if n == name))
-    command = main.typer.main.get_command(main.app).commands[name]  # type: ignore[attr-defined]
+    assert words[0] in (name, *(a for a, n in commands.ALIASES.items() if n == name))
+    command = typer.main.get_command(main.application(name)).commands[name]  # type: ignore[attr-defined]
     command.make_context(name, words[1:])  # it parses
     if name in SKIP or {"--demo", "--merged-base"} & {*words}:
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from adaptlib.cli import main, progress, run_log
 from adaptlib.cli import train as command
 from adaptlib.cli.progress import Speed
@@ -109,7 +110,7 @@ def test_it_is_the_expert_that_the_library_function_gives(
 
 def test_every_option_of_training_is_a_flag() -> None:
     """And what --help says is its default is its default."""
-    group = main.typer.main.get_command(main.app)
+    group = typer.main.get_command(main.application("train", "train-library"))
     for name in ("train", "train-library"):
         shown = {p.name: p for p in group.commands[name].params}  # type: ignore[attr-defined]
         for field in dataclasses.fields(TrainOptions):
