@@ -1,24 +1,76 @@
 """What commands print: data on stdout, words about it on stderr."""
 
 import os
+import re
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final
+
+COLORS: Final = ("auto", "always", "never")
+_color: Final = ContextVar("color", default="auto")
 
 
 def document(command: str, **fields: Any) -> None:
-    """One JSON document with its schema's name, such as `adaptlib.list/1`."""
+    """One JSON document with its schema's name, such as `adaptlib.list/1`. In ASCII where stdout
+    is not UTF-8, since JSON has an escape for everything and an encoding has not."""
     import msgspec
 
     body = {"schema": f"adaptlib.{command}/1", **fields}
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(body), indent=2).decode() + "\n")
+    text = msgspec.json.format(msgspec.json.encode(body), indent=2).decode()
+    if not _is_utf8(sys.stdout.encoding):
+        text = re.sub(r"[^\x00-\x7f]", _json_escape, text)
+    sys.stdout.write(text + "\n")
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be")  # two of them above U+FFFF
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+
+
+def _is_utf8(encoding: str | None) -> bool:
+    return (encoding or "").lower().replace("-", "").replace("_", "") == "utf8"
+
+
+@contextmanager
+def coloring(choice: str) -> Iterator[None]:
+    """Inside, `--color` or the setting is this one of `COLORS`."""
+    token = _color.set(choice)
+    try:
+        yield
+    finally:
+        _color.reset(token)
+
+
+def colored() -> bool:
+    """Whether stdout takes colours: not with `NO_COLOR`, whatever else is said; then as `--color`
+    or the setting says; then always with `FORCE_COLOR` or `CLICOLOR_FORCE`; else on a terminal
+    that is not dumb."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if _color.get() != "auto":
+        return _color.get() == "always"
+    forced = (os.environ.get("FORCE_COLOR"), os.environ.get("CLICOLOR_FORCE"))
+    if any(value not in (None, "", "0") for value in forced):
+        return True
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def console() -> Any:
-    """Rich's console for stdout. 80 columns where nobody says."""
+    """Rich's console for stdout, without any escape where it has no colours. 80 columns where
+    nobody says."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _columns())
+    colors, terminal = colored(), sys.stdout.isatty()
+    known = terminal and os.environ.get("TERM") != "dumb"
+    return Console(
+        highlight=False,
+        width=None if terminal else _columns(),
+        color_system=("auto" if known else "standard") if colors else None,
+        force_terminal=terminal or colors,
+        no_color=not colors,
+    )
 
 
 def _columns() -> int:
@@ -37,8 +89,29 @@ def note(text: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Text without what would steer the terminal: a card or a file name may come from anybody."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """Text without what would steer the terminal: a card or a file name may come from anybody.
+    What stdout's encoding lacks is an escape, as long here as it will be there."""
+    if not (text.isprintable() or text.replace("\n", "").isprintable()):
+        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding
+    if text.isascii() or encoding is None or _is_utf8(encoding):
+        return text
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def plain_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Tab-separated values for programs: the columns' names, then a line a row, nothing cut. A tab,
+    a newline or a backslash in a cell is `\\t`, `\\n` or `\\\\`; a cell without value is empty."""
+    for row in (columns, *rows):
+        sys.stdout.write("\t".join(map(_cell, row)) + "\n")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return plain(str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n"))
 
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:

@@ -1,7 +1,5 @@
 """--dry-run: what the model will see, and what it will take."""
 
-import os
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -83,7 +81,7 @@ def _share(lengths: Sequence[int], share: float) -> int:
 def print_plan(seen: dict[str, Any]) -> None:
     """The numbers for people."""
     for number, example in enumerate(seen["examples"], 1):
-        mark = "in bold" if _bold() else "in [[ ]]"
+        mark = "in bold" if out.colored() else "in [[ ]]"
         said = f", what it learns to answer {mark}" if number == 1 else ""
         out.line(f"Training row {number} as the model sees it{said}:")
         _print_example(example["parts"])
@@ -111,13 +109,9 @@ def print_plan(seen: dict[str, Any]) -> None:
         out.line(f"  {name:<8} {text}")
 
 
-def _bold() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def _print_example(pieces: list[dict[str, Any]]) -> None:
     clean = [(out.plain(piece["text"]), piece["answer"]) for piece in pieces]
-    if _bold():
+    if out.colored():
         from rich.padding import Padding
         from rich.text import Text
 
