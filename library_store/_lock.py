@@ -64,7 +64,10 @@ def _release(lock: Lock) -> None:
         return  # taken over: it is not ours to remove
     except OSError:
         pass  # no descriptor left to look with. Ours, most likely; left, it would block everybody
-    _files.remove(lock.path)
+    try:
+        _files.remove(lock.path)
+    except OSError:  # once more, or it stays there for as long as this process lives
+        _files.remove(lock.path)
 
 
 def _acquire(lock: Lock, machine: str, *, deadline: float) -> None:

@@ -1,12 +1,14 @@
 """Which base model an expert belongs to, and whether a given model is that one."""
 
 import difflib
+import errno
 import hashlib
 import json
 import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -131,13 +133,11 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
     made_by = f"transformers {version('transformers')}\n".encode()
     key = hashlib.sha256(made_by + config_bytes).hexdigest()
     kept = cache / f"{key}.json" if cache else None
-    if kept and kept.is_file():
-        try:
+    if kept:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # made again
             seen = json.loads(kept.read_text())
             modules = {n: (int(o), int(i)) for n, (o, i) in seen["modules"].items()}
             return BaseModel(name, _revision(directory), seen["digest"], MappingProxyType(modules))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            kept.unlink(missing_ok=True)  # a broken cache is made again
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -153,11 +153,20 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
         ) from error
     base = BaseModel.of(model)
     if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"digest": base.digest, "modules": dict(base.modules)}))
-        partial.replace(kept)
+        _keep(kept, json.dumps({"digest": base.digest, "modules": dict(base.modules)}))
     return BaseModel(name, _revision(directory), base.digest, base.modules)
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write a file whole, or not at all where it cannot be: it can be made again."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
 
 
 def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
@@ -233,10 +242,15 @@ def _is_path(name: str) -> bool:
 
 
 def _is(question: Callable[[], bool]) -> bool:
-    """`path.is_file()` and the like, where the path comes from outside: too long a name is no."""
+    """`path.is_file()` and the like, where the path comes from outside: too long a name, or a
+    place where one may not look, is no. A disk that fails is not."""
     try:
         return question()
-    except (OSError, ValueError):
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
+            raise
         return False
 
 

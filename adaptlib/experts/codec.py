@@ -10,7 +10,8 @@ Keeping, importing and exporting works on `Packed` and needs no torch.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -363,16 +364,33 @@ def write_directory(packed: Packed, directory: Path) -> None:
     """Write an adaptlib directory: `expert.json` and `expert.safetensors`."""
     from library_store import Digest
 
-    directory.mkdir(parents=True, exist_ok=True)
     blob = b"".join(packed.blob())
     manifest = packed.manifest(str(Digest.of(blob)))
-    for name, data in ((BLOB_NAME, blob), (MANIFEST_NAME, manifest.encode())):
-        temporary = directory / f".{name}.{os.getpid()}"
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_files(directory, {BLOB_NAME: [blob], MANIFEST_NAME: [manifest.encode()]})
+
+
+def write_files(directory: Path, files: Mapping[str, Iterable[bytes | memoryview]]) -> None:
+    """Write files into a directory, in this order, each complete under its name or not there.
+    Where one fails none of them stays, nor a directory that was made for them."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    written: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, pieces in files.items():
+            partial = directory / f".{name}.{os.getpid()}"
+            written.append(partial)
+            with partial.open("wb") as file:
+                file.writelines(pieces)
+            partial.replace(directory / name)
+            written[-1] = directory / name
+    except BaseException:
+        for path in written:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        for path in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                path.rmdir()
+        raise
 
 
 def read_directory(directory: Path) -> Packed:

@@ -1,6 +1,7 @@
 """`derived/`: what can be made again. Nothing in it changes an answer."""
 
 import shutil
+import stat
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,15 +19,23 @@ def forget_runs(
 ) -> tuple[int, int]:
     """Delete the checkpoints of runs that nobody has gone on with for `older`; (runs, bytes)."""
     runs = size = 0
-    for folder in sorted(training_run(library, "").glob("*")):
+    for folder in look(training_run(library, ""), "*"):
         try:
             states = [path.stat() for path in (folder, *folder.rglob("*"))]
-        except FileNotFoundError:  # that run has just ended
+        except OSError:  # that run has just ended; or the next gc may be able to look
             continue
         if time.time() - max(state.st_mtime for state in states) < older.total_seconds():
             continue
         runs += 1
-        size += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size += sum(state.st_size for state in states if stat.S_ISREG(state.st_mode))
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
     return runs, size
+
+
+def look(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder of `derived/`, sorted; nothing where one cannot look."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []

@@ -13,7 +13,6 @@ them), to a regular file only.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -32,6 +31,7 @@ from adaptlib.experts.codec import (
     check_structure,
     pack,
     unpack,
+    write_files,
 )
 from adaptlib.experts.peft_config import (
     CONFIG_NAME,
@@ -289,16 +289,8 @@ def _lora_tensors(packed: Packed) -> dict[str, RawTensor]:
 
 
 def _write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, RawTensor]) -> None:
-    """Both files, each complete under its name or not there; the config last."""
+    """Both files or neither; the config last."""
     if directory.exists() and not directory.is_dir():
         raise ConflictError(f"{directory} is a file; want a directory")
-    directory.mkdir(parents=True, exist_ok=True)
     text = msgspec.json.format(msgspec.json.encode(document, order="sorted"), indent=2)
-    for name, pieces in ((WEIGHTS_NAME, encode(tensors)), (CONFIG_NAME, [text])):
-        partial = directory / f".{name}.{os.getpid()}"
-        try:
-            with partial.open("wb") as file:
-                file.writelines(pieces)
-            partial.replace(directory / name)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_files(directory, {WEIGHTS_NAME: encode(tensors), CONFIG_NAME: [text]})

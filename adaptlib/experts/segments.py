@@ -37,6 +37,7 @@ from typing import final
 import numpy as np
 
 from adaptlib.errors import AdaptlibError, CorruptError, NotFoundError
+from adaptlib.experts.derived import look
 from adaptlib.experts.tensors import RawTensor, encode, map_file, parse_json, read_tensors
 
 RECIPE = "1"
@@ -125,7 +126,7 @@ def read_segments(root: Path, form: Form = PROTOTYPES) -> list[tuple[Shapes, lis
     """All segments of this form below `root`, those of one signature together. What is broken is
     left out."""
     found: list[tuple[Shapes, list[Segment]]] = []
-    for folder in sorted(root.glob(f"{form.recipe}-*")):
+    for folder in look(root, f"{form.recipe}-*"):
         shapes, segments = read_folder(folder, form)
         if segments:
             found.append((shapes, segments))
@@ -138,7 +139,7 @@ def read_folder(folder: Path, form: Form) -> tuple[Shapes, list[Segment]]:
     segments: list[Segment] = []
     for _ in range(3):
         segments, gone = [], False
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in look(folder, "*.safetensors"):
             try:
                 shapes, segment = _read(path, form)
                 segments.append(segment)
@@ -219,7 +220,7 @@ def write_segment(root: Path, shapes: Shapes, segment: Segment) -> Segment:
         finally:
             partial.unlink(missing_ok=True)
         return _read(path, segment.form)[1]
-    except (OSError, NotFoundError):  # the second where gc has just removed it
+    except (OSError, AdaptlibError):  # the second where gc has just removed it
         return segment
 
 
@@ -299,16 +300,19 @@ def forget_rows(
     files, other recipes' and writes that were left unfinished a day ago go too."""
     root, keep = library / "derived" / form.folder, set(kept)
     count = size = 0
-    for path in sorted(root.glob("*/*")):
+    for path in look(root, "*/*"):
         try:
             state = path.stat()
-            if path.suffix == ".partial" and time.time() - state.st_mtime < DAY:
-                continue
+        except OSError:  # merged just now; or the next gc may be able to look
+            continue
+        if path.suffix == ".partial" and time.time() - state.st_mtime < DAY:
+            continue
+        try:
             shapes, segment = _read(path, form)
-        except NotFoundError:  # merged just now
+        except NotFoundError:
             continue
         except AdaptlibError:
-            size += path.stat().st_size
+            size += state.st_size
             if not dry_run:
                 _remove(path)
             continue
@@ -322,7 +326,7 @@ def forget_rows(
         if dry_run or (alive and not write_segment(root, shapes, _join([segment], keep)).path):
             continue
         _remove(path)
-    for folder in root.glob("*"):
+    for folder in look(root, "*"):
         with suppress(OSError):  # which says that something is in it
             folder.rmdir()
     return count, size
