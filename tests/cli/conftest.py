@@ -12,6 +12,7 @@ from adaptlib.cli.main import invoke
 
 from adaptlib.experts import Expert, Library
 from tests import tiny
+from tests.cli import documents
 
 
 class Result(NamedTuple):
@@ -36,14 +37,18 @@ class Result(NamedTuple):
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., Result]:
-    """Runs one command on the library in `tmp_path/library`, from within `tmp_path`."""
+    """Runs one command on the library in `tmp_path/library`, from within `tmp_path`. What --json
+    prints is held to its schema."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTLIB_LIBRARY", str(tmp_path / "library"))
 
     def invoked(*words: str | Path) -> Result:
         capsys.readouterr()
         code = invoke([str(word) for word in words])
-        return Result(code, *capsys.readouterr())
+        result = Result(code, *capsys.readouterr())
+        if "--json" in words:
+            documents.check_output(result.out, result.err)
+        return result
 
     return invoked
 
