@@ -13,6 +13,8 @@ COMMANDS = {
     "rm": "rm:rm",
     "mv": "mv:mv",
     "tag": "tag:tag",
+    "pin": "pin:pin",
+    "unpin": "pin:unpin",
     "log": "log:log",
     "diff": "diff:diff",
     "export": "export:export",
@@ -27,6 +29,7 @@ COMMANDS = {
     "eval": "eval:evaluate",
     "bench": "bench:bench",
     "doctor": "doctor:doctor",
+    "schema": "schema:schema",
 }
 ALIASES = {"ls": "list", "remove": "rm"}
 

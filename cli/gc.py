@@ -9,14 +9,19 @@ import typer
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption
 
-EXAMPLES = ("adaptlib gc --dry-run", "adaptlib gc --grace 7d")
+EXAMPLES = (
+    "adaptlib gc --dry-run",
+    "adaptlib gc --grace 7d",
+    "adaptlib gc --grace 0 --history 0",
+)
 
 
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    grace: Annotated[
-        str, typer.Option(help="Keep what is younger, or had a name since: 90m, 24h, 7d, 0.")
-    ] = "24h",
+    grace: Annotated[str, typer.Option(help="Keep what was put since: 90m, 24h, 7d, 0.")] = "24h",
+    history: Annotated[
+        str, typer.Option(help="Keep what had a name since; never less than the grace.")
+    ] = "14d",
     restore: Annotated[
         str | None, typer.Option(metavar="ID", help="Put back what that gc removed.")
     ] = None,
@@ -27,8 +32,10 @@ def gc(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Move what no name leads to into the trash, where it stays for 7 days.
+    """Move what no name and no pin leads to into the trash, where it stays for 7 days.
 
+    What had a name in the last 14 days, and what was put in the last 24 hours, stays as well.
+    Nothing is removed where anything that says what is needed cannot be read.
     Checkpoints of training runs that nobody went on with for 7 days are deleted, prototypes and
     sketches of experts without a name.
     """
@@ -45,12 +52,18 @@ def gc(
         elif not quiet:
             out.line(f"Restored  {out.count(count, 'object')}")
         return
-    result = opened.gc(grace=_duration(grace), dry_run=dry_run, allow_empty=allow_empty)
+    # Before, so that nothing can fail once something was removed.
+    alive = {*opened.tags().values(), *opened.pins().values()}
+    result = opened.gc(
+        grace=_duration("--grace", grace),
+        history=_duration("--history", history),
+        dry_run=dry_run,
+        allow_empty=allow_empty,
+    )
     removed = [str(digest) for digest in result.removed]
     runs = run_bytes = rows = row_bytes = sketched = sketch_bytes = 0
     if opened.path:
         runs, run_bytes = forget_runs(opened.path, dry_run=dry_run)
-        alive = opened.tags().values()
         rows, row_bytes = forget_rows(opened.path, alive, PROTOTYPES, dry_run=dry_run)
         sketched, sketch_bytes = forget_rows(opened.path, alive, SKETCHES, dry_run=dry_run)
     if json:
@@ -80,17 +93,17 @@ def gc(
             out.note(f"  Undo within 7 days: adaptlib gc --restore {result.id}")
 
 
-def _duration(text: str) -> timedelta:
+def _duration(option: str, text: str) -> timedelta:
     from adaptlib.errors import UsageError
 
     match = re.fullmatch(r"(\d+)([mhd]?)", text.strip())
     if not match or (not match[2] and int(match[1])):
-        raise UsageError(f"--grace wants 90m, 24h, 7d or 0; got {text!r}")
+        raise UsageError(f"{option} wants 90m, 24h, 7d or 0; got {text!r}")
     unit = {"m": "minutes", "h": "hours", "d": "days", "": "days"}[match[2]]
     try:
-        grace = timedelta(**{unit: int(match[1])})
+        time = timedelta(**{unit: int(match[1])})
     except (OverflowError, ValueError):  # more days, or digits, than Python counts
-        grace = timedelta.max
-    if grace > timedelta(days=36500):
-        raise UsageError(f"--grace is a hundred years at most; got {text[:20]!r}")
-    return grace
+        time = timedelta.max
+    if time > timedelta(days=36500):
+        raise UsageError(f"{option} is a hundred years at most; got {text[:20]!r}")
+    return time

@@ -29,7 +29,7 @@ from library_store.errors import (
 from library_store.local import LocalStore
 from library_store.memory import MemoryStore
 from library_store.names import Ref
-from library_store.records import Children, GcResult, LogEntry, Problem, Report
+from library_store.records import Children, GcResult, LogEntry, Problem, Repair, Report, Sizes
 from library_store.store import Store
 
 __all__ = [
@@ -52,7 +52,9 @@ __all__ = [
     "RefConflict",
     "RefCorrupt",
     "RefNotFound",
+    "Repair",
     "Report",
+    "Sizes",
     "Store",
     "StoreError",
     "StoreExists",

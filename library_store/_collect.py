@@ -63,18 +63,32 @@ def time_of(gc_id: str) -> datetime | None:
 
 
 def plan(
-    store: Store, children: Children, *, grace: timedelta, now: datetime, allow_empty: bool
+    store: Store,
+    children: Children,
+    *,
+    grace: timedelta,
+    history: timedelta,
+    now: datetime,
+    allow_empty: bool,
 ) -> Plan:
     """Mark what stays, order what goes. Raises GcAborted, and so does anything unreadable."""
+    young, named = now - grace, now - max(grace, history)
     try:
-        return _plan(store, children, grace=grace, now=now, allow_empty=allow_empty)
+        return _plan(store, children, young=young, named=named, now=now, allow_empty=allow_empty)
     except (OSError, ObjectNotFound, RefCorrupt) as error:
         raise GcAborted(f"nothing was removed: {error}", hint=_CHECK) from error
 
 
 def _plan(
-    store: Store, children: Children, *, grace: timedelta, now: datetime, allow_empty: bool
+    store: Store,
+    children: Children,
+    *,
+    young: datetime,
+    named: datetime,
+    now: datetime,
+    allow_empty: bool,
 ) -> Plan:
+    """`young`: what was put since stays. `named`: so does what a log says had a name since."""
     refs, strays = store._scan_refs()
     if strays:
         # A file among the refs that is no ref may be one by a rule that this code does not know.
@@ -93,15 +107,14 @@ def _plan(
                 hint="set the clock",
             )
 
-    cutoff = now - grace
-    young = int(cutoff.timestamp() * _NS)
     marked: set[Digest] = set()
     roots = frozenset(refs.values())
     _mark(store, children, roots, marked, roots=roots, may_lack=False)
     # What only a log or its youth protects may have lost parts already: to an earlier collection
-    # with less grace, or to a quarantine. There is nothing left to protect in what is gone.
-    _mark(store, children, _logged(store, cutoff), marked, roots=roots, may_lack=True)
-    recent = (digest for digest, when in modified.items() if when > young)
+    # with less of either, or to a quarantine. There is nothing left to protect in what is gone.
+    _mark(store, children, _logged(store, named), marked, roots=roots, may_lack=True)
+    youngest = int(young.timestamp() * _NS)
+    recent = (digest for digest, when in modified.items() if when > youngest)
     _mark(store, children, recent, marked, roots=roots, may_lack=True)
 
     victims = _parents_first(store, children, sorted(set(modified) - marked))

@@ -61,6 +61,13 @@ def status(path: Path) -> Status | None:
     return Status(kind, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
+def stamp(path: str) -> list[int]:
+    """[inode, size, mtime and ctime in ns] of what is at `path`: equal while nothing happened to
+    it. Takes text, since thousands of these make a list."""
+    found = os.lstat(path)
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
 def list_directory(path: Path) -> list[tuple[str, Kind]]:
     """Names in a directory, sorted, with what each is. Never follows a symlink."""
     with os.scandir(path) as entries:
@@ -119,7 +126,7 @@ def write_synced(path: Path, chunks: Iterable[bytes | memoryview], *, mode: int)
                 _write_all(fd, chunk)
             _sync(fd)
         finally:
-            os.close(fd)
+            _close(fd)
     except BaseException:
         remove(path)
         raise
@@ -134,7 +141,7 @@ def create_exclusive(path: Path, data: bytes) -> None:
         remove(path)
         raise
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 def append_synced(path: Path, line: bytes) -> None:
@@ -159,7 +166,7 @@ def append_synced(path: Path, line: bytes) -> None:
             os.ftruncate(fd, end)
             raise
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 def publish(temp: Path, path: Path) -> None:
@@ -238,7 +245,7 @@ def fsync_directory(path: Path) -> None:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 def fsync_up(path: Path, *, base: Path) -> None:
@@ -272,11 +279,18 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
             raise _not_regular(path)
         yield fd, found.st_size
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 def _not_regular(path: Path) -> NotRegularError:
     return NotRegularError(errno.EINVAL, "not a regular file", str(path))
+
+
+def _close(fd: int) -> None:
+    """Give a descriptor back. It is gone whatever this says, and what it may say of lost data a
+    sync has said before; an error here would undo what is durable already."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def _hash(fd: int) -> str:

@@ -13,7 +13,7 @@ from typing import Final, final
 from library_store import _files
 from library_store.digest import Digest
 from library_store.errors import ObjectCorrupt, ObjectNotFound
-from library_store.records import Problem, timestamp
+from library_store.records import Problem, move_out, timestamp
 
 _SHARD: Final = re.compile(r"[0-9a-f]{2}")
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
@@ -95,11 +95,17 @@ class ObjectFiles:
             raise self._missing(digest)
         return found
 
-    def quarantine(self, digest: Digest) -> None:
+    def quarantine(self, digest: Digest) -> bool:
         """See Store.quarantine."""
         self.status(digest)
-        if not self._is_intact(digest):
-            self._move_aside(digest)
+        if self._is_intact(digest):
+            return False
+        aside = set_aside(self.path(digest), self.root, digest.hex)
+        # Somebody may have put intact bytes there between our look and our move, and rely on them.
+        if aside is not None and _has_hash(aside, digest):
+            self.publish(aside, digest)
+            return False
+        return aside is not None
 
     def scan(self, prefix: str = "") -> tuple[list[Digest], list[Problem]]:
         """Every object whose hex starts with `prefix`, sorted, and what else is in their place."""
@@ -145,13 +151,7 @@ class ObjectFiles:
             return False  # a bad sector: new bytes can heal it
 
     def _move_aside(self, digest: Digest) -> None:
-        name = f"{digest.hex}.{timestamp().replace(':', '').replace('-', '')}"
-        try:
-            _files.replace(self.path(digest), self.root / "quarantine" / name)
-        except FileNotFoundError:
-            return  # another process did
-        _files.fsync_directory(self.root / "quarantine")
-        _files.fsync_directory(self.path(digest).parent)
+        set_aside(self.path(digest), self.root, digest.hex)
 
     def _explain(self, digest: Digest, error: OSError) -> Exception:
         """What a failed read means: no such object, no proper object, or the disk's own error."""
@@ -169,6 +169,26 @@ class ObjectFiles:
             f"object {digest} at {self.path(digest)} is corrupt: {why}",
             hint="quarantine it, then put the same bytes again",
         )
+
+
+def set_aside(path: Path, root: Path, name: str) -> Path | None:
+    """Move what is at `path` to `quarantine/<name>.<time>`; durable on return. None if another
+    process was faster."""
+    aside = root / "quarantine" / f"{name}.{timestamp().replace(':', '').replace('-', '')}"
+    try:
+        _files.replace(path, aside)
+    except FileNotFoundError:
+        return None
+    _files.fsync_directory(root / "quarantine")
+    _files.fsync_directory(path.parent)
+    return aside
+
+
+def _has_hash(path: Path, digest: Digest) -> bool:
+    try:
+        return _files.sha256(path) == digest.hex
+    except OSError:
+        return False
 
 
 def _hashing(
@@ -192,4 +212,4 @@ def _stray(path: Path, problems: list[Problem]) -> None:
     if path.name.startswith("."):
         return  # .DS_Store and its like
     detail = f"{path} is not an object of this store"
-    problems.append(Problem("foreign", None, (), detail, "move it out of the store"))
+    problems.append(Problem("foreign", None, (), detail, move_out(path)))

@@ -10,7 +10,14 @@ from library_store import _files
 from library_store.digest import Digest
 from library_store.errors import InvalidDigest, InvalidName, RefConflict, RefCorrupt
 from library_store.names import Ref
-from library_store.records import LogEntry, Problem, ProblemKind, decode_log, encode_entry
+from library_store.records import (
+    LogEntry,
+    Problem,
+    ProblemKind,
+    decode_log,
+    encode_entry,
+    move_out,
+)
 
 _LIMIT: Final = 128  # bytes; a ref file is 72 long
 _LOG: Final = ".jsonl"
@@ -138,7 +145,7 @@ class RefFiles:
             path = self.root.joinpath("refs", *above, name)
             # A symlink may stand for a directory of refs: not following it would leave them out.
             what = "unreadable" if kind == "other" else "foreign"
-            problems.append(_problem(what, f"{path} is not a ref"))
+            problems.append(_problem(what, f"{path} is not a ref", hint=move_out(path)))
             return
         try:
             digest = self.read(ref)
@@ -216,7 +223,4 @@ def _problem(
     kind: ProblemKind, detail: str, ref: Ref | None = None, hint: str | None = None
 ) -> Problem:
     refs = () if ref is None else (ref,)
-    usual = (
-        "move it out of the store" if kind == "foreign" else "check the disk and the permissions"
-    )
-    return Problem(kind, None, refs, detail, hint or usual)
+    return Problem(kind, None, refs, detail, hint or "check the disk and the permissions")

@@ -60,12 +60,40 @@ def restore(objects: ObjectFiles, gc_id: str) -> int:
             digest = Digest(name)
         except InvalidDigest:
             continue  # not ours: it stays, and so does the directory
-        _files.touch(trash / name)
-        objects.publish(trash / name, digest)
+        try:
+            _files.touch(trash / name)
+            objects.publish(trash / name, digest)
+        except FileNotFoundError:
+            if _files.status(trash / name) is not None:
+                raise
+            continue  # another one restores it too
         count += 1
     _files.remove_directory(trash)
     _files.fsync_directory(objects.root / "trash")
     return count
+
+
+def recover(objects: ObjectFiles, digest: Digest, *, dry_run: bool) -> bool:
+    """See Store._recover."""
+    if _files.status(objects.path(digest)) is not None:
+        return False
+    for name, kind in _files.list_directory(objects.root / "trash"):
+        copy = objects.root / "trash" / name / digest.hex
+        if kind != "directory" or not _is_copy(copy, digest):
+            continue
+        if not dry_run:
+            _files.touch(copy)
+            objects.publish(copy, digest)
+            _files.fsync_directory(copy.parent)
+        return True
+    return False
+
+
+def _is_copy(path: Path, digest: Digest) -> bool:
+    try:
+        return _files.sha256(path) == digest.hex
+    except OSError:  # not there, no file, or not to be read
+        return False
 
 
 def purge(root: Path, now: datetime) -> None:

@@ -6,7 +6,7 @@ refs/<name>/<tag>         "sha256:<hex>" and a newline
 log/<name>.jsonl          who moved a ref, when, from what to what
 tmp/                      unfinished writes and the lock; gc removes what is older than a day
 trash/<gc id>/<hex>       what gc removed, for 7 days
-quarantine/<hex>.<time>   corrupt objects
+quarantine/<hex>.<time>   corrupt objects; <name>.<time> of refs and logs
 
 Publish: temporary file, hash while writing, fsync, link into place, fsync the directory.
 """
@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
-from library_store import _files, _lock, _trash
+from library_store import _files, _listing, _lock, _mend, _trash
 from library_store._objects import ObjectFiles
 from library_store._refs import RefFiles
 from library_store.digest import Digest
@@ -29,6 +29,7 @@ from library_store.errors import (
     NotAStore,
     ObjectNotFound,
     RefConflict,
+    RefCorrupt,
     RefNotFound,
     StoreExists,
     UnknownFormat,
@@ -124,6 +125,14 @@ class LocalStore(Store):
             raise RefNotFound(f"no ref {ref} in {self.root}")
         return digest
 
+    def listing(
+        self, seen: dict[str, Any] | None = None
+    ) -> tuple[dict[tuple[str, str], str], dict[str, Any] | None]:
+        try:
+            return _listing.look(self._refs, self.root, seen)
+        except (_listing.Unusual, OSError, RefCorrupt):
+            return super().listing()
+
     def move(
         self, ref: Ref, new: Digest | None, *, expect: Digest | None, reason: str = ""
     ) -> None:
@@ -152,8 +161,8 @@ class LocalStore(Store):
 
     # --- care ---
 
-    def quarantine(self, digest: Digest) -> None:
-        self._objects.quarantine(digest)
+    def quarantine(self, digest: Digest) -> bool:
+        return self._objects.quarantine(digest)
 
     def restore(self, gc_id: str) -> int:
         return _trash.restore(self._objects, gc_id)
@@ -177,6 +186,15 @@ class LocalStore(Store):
 
     def _sweep(self, victims: Sequence[tuple[Digest, int]], gc_id: str) -> tuple[Digest, ...]:
         return _trash.sweep(self._objects, victims, gc_id)
+
+    def _recover(self, digest: Digest, *, dry_run: bool = False) -> bool:
+        return _trash.recover(self._objects, digest, dry_run=dry_run)
+
+    def _mend(self) -> tuple[list[str], list[Problem]]:
+        for name in (*DIRECTORIES, "objects/sha256"):  # a copy may have left out what was empty
+            _files.make_directories(self.root / name, base=self.root)
+        with self._exclusive():
+            return _mend.mend(self._refs)
 
     def _purge(self, now: datetime) -> None:
         _trash.purge(self.root, now)

@@ -94,8 +94,9 @@ class MemoryStore(Store):
                 self._objects[digest] = _Object(thing.data, _now_ns())
             return len(back)
 
-    def quarantine(self, digest: Digest) -> None:
-        self._object(digest)  # bytes in memory cannot be damaged
+    def quarantine(self, digest: Digest) -> bool:
+        self._object(digest)
+        return False  # bytes in memory cannot be damaged
 
     def _object(self, digest: Digest) -> _Object:
         try:
@@ -135,6 +136,19 @@ class MemoryStore(Store):
         if trash:
             self._trash[gc_id] = trash
         return tuple(trash)
+
+    def _recover(self, digest: Digest, *, dry_run: bool = False) -> bool:
+        with self._lock:
+            for trash in self._trash.values():
+                if digest in self._objects or digest not in trash:
+                    continue
+                if not dry_run:
+                    self._objects[digest] = _Object(trash.pop(digest).data, _now_ns())
+                return True
+        return False
+
+    def _mend(self) -> tuple[list[str], list[Problem]]:
+        return [], []
 
     def _purge(self, now: datetime) -> None:
         for gc_id in list(self._trash):

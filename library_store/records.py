@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final, Literal, TypeAlias, final
 
 from library_store.digest import Digest
@@ -17,6 +19,9 @@ Children: TypeAlias = Callable[[Digest, bytes], Iterable[Digest]]
 
 It answers () for an object that refers to nothing, and may raise for one it cannot understand.
 """
+
+Sizes: TypeAlias = Callable[[Digest, bytes], Mapping[Digest, int]]
+"""What an object says of the sizes, in bytes, of objects that it refers to."""
 
 ProblemKind: TypeAlias = Literal["corrupt", "missing", "unreadable", "foreign"]
 
@@ -45,7 +50,8 @@ class Problem:
 
     `corrupt`: bytes that do not hash to their name. `missing`: a ref or an object refers to it and
     it is not there. `unreadable`: the disk, or whoever reads manifests, refuses. `foreign`: a file
-    that is not the store's. `refs` are the refs that cannot be used because of it.
+    that is not the store's. `refs` are the refs that cannot be used because of it. `repairable` is
+    whether `repair` would do something about it.
     """
 
     kind: ProblemKind
@@ -53,6 +59,7 @@ class Problem:
     refs: tuple[Ref, ...]
     detail: str
     hint: str
+    repairable: bool = False
 
 
 @final
@@ -67,6 +74,21 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What `repair` did. `report` is how things are afterwards.
+
+    `quarantined` are the objects whose damaged bytes were moved aside, `repaired` those of which
+    an intact copy was put back; `mended` says in words what was done to refs and logs.
+    """
+
+    report: Report
+    quarantined: tuple[Digest, ...]
+    repaired: tuple[Digest, ...]
+    mended: tuple[str, ...]
 
 
 @final
@@ -93,6 +115,11 @@ _NOT_AN_ENTRY: Final = (
     InvalidDigest,
 )
 _LOG_KEYS: Final = {"when", "ref", "old", "new", "reason"}
+
+
+def move_out(path: Path) -> str:
+    """What to type to have a file that is not the store's out of it."""
+    return f"mv -n {shlex.quote(str(path))} ~/"
 
 
 def timestamp(moment: datetime | None = None) -> str:

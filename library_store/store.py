@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from library_store import _collect, _inspect
 from library_store.digest import Digest
@@ -24,9 +24,10 @@ from library_store.errors import (
     RefCorrupt,
 )
 from library_store.names import Ref
-from library_store.records import Children, GcResult, LogEntry, Problem, Report
+from library_store.records import Children, GcResult, LogEntry, Problem, Repair, Report, Sizes
 
 DAY: Final = timedelta(hours=24)
+TWO_WEEKS: Final = timedelta(days=14)
 
 _PREFIX: Final = re.compile(r"(?:sha256:)?([0-9a-f]{7,64})")
 
@@ -111,6 +112,19 @@ class Store(ABC):
                 raise RefCorrupt(problem.detail, hint=problem.hint)
         return found
 
+    def listing(
+        self, seen: dict[str, Any] | None = None
+    ) -> tuple[dict[tuple[str, str], str], dict[str, Any] | None]:
+        """Every (name, tag) with the hex of its digest, sorted: `refs`, for people who look at
+        thousands of them often.
+
+        The second value is something to keep (dicts, lists, numbers, text) and to give to the next
+        call, which then reads only what has changed; the same object where there is nothing new to
+        keep. Losing it costs time alone. Raises as `refs` does.
+        """
+        found = {(ref.name, ref.tag): digest.hex for ref, digest in self.refs().items()}
+        return found, None
+
     @abstractmethod
     def ref(self, ref: Ref) -> Digest:
         """Where a ref points. Raises RefNotFound or RefCorrupt."""
@@ -135,35 +149,53 @@ class Store(ABC):
     # --- care ---
 
     def verify(
-        self, children: Children, *, progress: Callable[[Digest], None] | None = None
+        self,
+        children: Children,
+        *,
+        sizes: Sizes | None = None,
+        progress: Callable[[Digest], None] | None = None,
     ) -> Report:
         """Hash every object once, and follow every ref to everything that it needs.
 
-        `progress` is called after each object. Finds problems, and raises for none of them.
+        With `sizes` it is quick: only what refs reach is looked at, and of an object whose size is
+        said only whether it is there and of that size; the others are hashed. `progress` is called
+        after each object. Finds problems, and raises for none of them.
         """
-        return _inspect.inspect(self, children, progress=progress)
+        return _inspect.inspect(self, children, sizes=sizes, progress=progress)
+
+    def repair(
+        self, children: Children, *, progress: Callable[[Digest], None] | None = None
+    ) -> Repair:
+        """Verify, quarantine what is corrupt, and put back what the trash has an intact copy of.
+
+        Refs and logs that cannot be read go to the quarantine too: a ref comes back where its log
+        says it was, a log keeps its readable lines. Nothing is ever deleted. Raises StoreLocked.
+        """
+        return _inspect.repair(self, children, progress=progress)
 
     def gc(
         self,
         children: Children,
         *,
         grace: timedelta = DAY,
+        history: timedelta = TWO_WEEKS,
         dry_run: bool = False,
         allow_empty: bool = False,
         now: datetime | None = None,
     ) -> GcResult:
         """Move to the trash what no ref reaches. `restore` undoes it for 7 days.
 
-        Kept: what a ref reaches, or a log says one reached within `grace`; what was put within
-        `grace`; and what those reach. A dry run changes nothing. Raises GcAborted, with nothing
-        removed, if a ref, a log, a directory or an object on the way cannot be read; if an object
-        is from the future; or if no ref is left and `allow_empty` is off.
+        Kept: what a ref reaches, or a log says one reached within `history` (never less than
+        `grace`); what was put within `grace`; and what those reach. A dry run changes nothing.
+        Raises GcAborted, with nothing removed, if a ref, a log, a directory or an object on the way
+        cannot be read; if an object is from the future; or if no ref is left and `allow_empty` is
+        off.
 
         An object of more than PARENT_LIMIT bytes that no ref points to is never asked for its
         children, so that collecting does not read every blob.
         """
         now = datetime.now(UTC) if now is None else now
-        options = {"grace": grace, "now": now, "allow_empty": allow_empty}
+        options = {"grace": grace, "history": history, "now": now, "allow_empty": allow_empty}
         plan = _collect.plan(self, children, **options)
         if dry_run:
             return GcResult(None, plan.removed, plan.size(plan.removed), plan.kept)
@@ -200,10 +232,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def quarantine(self, digest: Digest) -> None:
+    def quarantine(self, digest: Digest) -> bool:
         """Move a corrupt object out of the way, never deleting it, so that it can be put again.
 
-        An intact object stays where it is. Raises ObjectNotFound.
+        An intact object stays where it is; whether one was moved. Raises ObjectNotFound.
         """
 
     # --- what a store tells the algorithms above ---
@@ -235,6 +267,17 @@ class Store(ABC):
         Stops at the first that was modified since: somebody is about to refer to it, and its
         children come after it.
         """
+
+    @abstractmethod
+    def _recover(self, digest: Digest, *, dry_run: bool = False) -> bool:
+        """Put an object that is not there back from the trash, if an intact copy is in it.
+
+        A dry run only says whether it could.
+        """
+
+    @abstractmethod
+    def _mend(self) -> tuple[list[str], list[Problem]]:
+        """Set aside refs and logs that cannot be read: what was done, and what cannot be."""
 
     @abstractmethod
     def _purge(self, now: datetime) -> None:

@@ -1,10 +1,8 @@
 """Library: a mapping from names to experts, over a store."""
 
 import dataclasses
-import difflib
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +12,9 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from adaptlib.errors import (
-    ConflictError,
-    CorruptError,
-    NotFoundError,
-    RefusedError,
-    UsageError,
-)
+from adaptlib.errors import ConflictError, NotFoundError, UsageError
 from adaptlib.experts import index, sketches
+from adaptlib.experts.catalog import Catalog, is_digest
 from adaptlib.experts.codec import (
     Manifest,
     Packed,
@@ -33,23 +26,29 @@ from adaptlib.experts.codec import (
     parse_manifest,
     unpack,
 )
+from adaptlib.experts.damage import forget, next_command, read_object, view_object
 from adaptlib.experts.index import Summary
-from adaptlib.experts.location import library_path
-from adaptlib.experts.names import RECORDS, children, expert_ref, move_ref
+from adaptlib.experts.names import (
+    PINS,
+    Move,
+    blob_sizes,
+    children,
+    expert_ref,
+    move_ref,
+    move_refs,
+    pin_ref,
+)
 from adaptlib.experts.pinning import pinned
 from adaptlib.experts.sources import read_source
 from library_store import (
-    AmbiguousDigest,
     Digest,
     GcResult,
-    InvalidName,
-    LocalStore,
     LogEntry,
-    NotAStore,
+    ObjectCorrupt,
     ObjectNotFound,
     Problem,
     Ref,
-    RefNotFound,
+    Repair,
     Report,
     Store,
 )
@@ -57,8 +56,6 @@ from library_store import (
 if TYPE_CHECKING:
     import adaptlib.experts.expert  # the whole name is what beartype finds from anywhere
     from adaptlib.experts.expert import Expert
-
-_DIGEST = re.compile(r"(sha256:)?[0-9a-f]{7,64}")
 
 
 @dataclass(frozen=True)
@@ -91,27 +88,14 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
     def __init__(self, store: Store, path: Path | None = None) -> None:
         self.store = store
         self.path = path
+        self.catalog = Catalog(store, path)
 
     @classmethod
     def open(cls, path: str | Path | None = None, *, create: bool = False) -> "Library":
         """The library at `path`, or where `library_path` finds one. NotFoundError where there is
         none, unless `create`."""
-        where, why = library_path(path)
-        try:
-            return cls(LocalStore.open(where), where)
-        except NotAStore:
-            if not create:
-                raise NotFoundError(
-                    f"no library at {where} ({why})", hint=f"make one: adaptlib init {where}"
-                ) from None
-        try:
-            return cls(LocalStore.create(where), where)
-        except NotAStore as error:
-            raise ConflictError(str(error), hint=error.hint) from None
-        except (FileExistsError, NotADirectoryError):
-            raise ConflictError(
-                f"a library is a directory; {where} is a file, or below one"
-            ) from None
+        found = Catalog.open(path, create=create)
+        return cls(found.store, found.path)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -133,42 +117,22 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     def names(self) -> dict[str, str]:
         """Digest by name: the tag `latest` of each name, or its last tag where it has no latest."""
-        chosen: dict[str, tuple[Ref, Digest]] = {}
-        for ref, digest in self._expert_refs().items():
-            if ref.name not in chosen or chosen[ref.name][0].tag != "latest":
-                chosen[ref.name] = (ref, digest)
-        return {str(ref): str(digest) for ref, digest in chosen.values()}
+        return self.catalog.names()
 
     def tags(self) -> dict[str, str]:
         """Digest by `name:tag`, every tag of every name."""
-        return {str(ref): str(digest) for ref, digest in self._expert_refs().items()}
+        return self.catalog.tags()
+
+    def pins(self) -> dict[str, str]:
+        """Digest by label, of what is pinned."""
+        return self.catalog.pins()
 
     def digest(self, name: str) -> str:
         """The digest (`sha256:...`) of a name, a `name:tag` or a prefix of a digest.
 
         NotFoundError suggests the nearest names; UsageError where the prefix fits several.
         """
-        with suppress(InvalidName):
-            if found := self._at(Ref.parse(name)):
-                return str(found)
-            tagged = [str(d) for r, d in self._expert_refs().items() if r.name == name]
-            if tagged:
-                return tagged[-1]
-        if _DIGEST.fullmatch(name):
-            try:
-                digest = self.store.resolve(name)
-                self._manifest(digest)
-                return str(digest)
-            except AmbiguousDigest as error:
-                raise UsageError(str(error), hint=error.hint) from None
-            except (ObjectNotFound, CorruptError, RefusedError):
-                pass  # nothing starts so, or it is a blob and no expert
-        known = list(self.tags())
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise NotFoundError(
-            f"no expert named {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""),
-            hint="see all: adaptlib list" if known else "the library is empty: adaptlib add SOURCE",
-        )
+        return self.catalog.digest(name)
 
     def manifest(self, name: str) -> Manifest:
         """What is kept about an expert, without its tensors."""
@@ -178,7 +142,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         """An expert as bytes, mapped and verified."""
         digest = Digest.parse(self.digest(name))
         manifest = self._manifest(digest)
-        blob = self.store.view(Digest.parse(manifest.blob.digest))
+        blob = view_object(self.store, Digest.parse(manifest.blob.digest))
         return assemble(name, manifest, blob)
 
     def stream(self, name: str) -> "Expert":
@@ -191,16 +155,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     def summaries(self) -> dict[str, tuple[str, Summary]]:
         """(digest, summary) by name, from the index, which is brought up to date."""
-        names = self.names()
-        known = index.read(self.path / "index.db", names.values()) if self.path else {}
-        fresh = {
-            digest: Summary.of(self._manifest(Digest.parse(digest)))
-            for digest in set(names.values()) - known.keys()
-        }
-        if fresh and self.path:
-            index.write(self.path / "index.db", fresh)
-        known |= fresh
-        return {name: (digest, known[digest]) for name, digest in names.items()}
+        return self.catalog.summaries()
 
     def log(self, name: str) -> list[LogEntry]:
         """Every move of a name's tags, oldest first."""
@@ -229,7 +184,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         prepared = self._prepare(
             source, name, base=base, task=task, description=description, replace=replace
         )
-        return self._keep(prepared)
+        return self._keep([prepared])[0]
 
     def add_all(
         self,
@@ -240,7 +195,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         description: str | None = None,
         replace: bool = False,
     ) -> list[Added]:
-        """`add` for several sources: all of them are read and checked before any is kept."""
+        """`add` for several sources: all of them get their names, or none."""
         options = {"base": base, "task": task, "description": description, "replace": replace}
         prepared = [self._prepare(source, None, **options) for source in sources]
         seen: dict[Ref, str | Path] = {}
@@ -251,7 +206,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
                     hint=f"adaptlib add {source} --name OTHER",
                 )
             seen[one.ref] = source
-        return [self._keep(one) for one in prepared]
+        return self._keep(prepared)
 
     def _prepare(
         self,
@@ -266,7 +221,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         """Everything of `add` that can fail for what the source is; keeps nothing."""
         packed, default_name, notes = read_source(source, base)
         ref = expert_ref(name if name is not None else default_name)
-        before = self._at(ref)
+        before = self.catalog.at(ref)
         packed, checked = pinned(
             packed, str(ref), base, cache=self.path / "derived" / "bases" if self.path else None
         )
@@ -285,42 +240,49 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
             for piece in packed.blob():
                 hashed.update(piece)
             new = packed.manifest(f"sha256:{hashed.hexdigest()}")
-            if self._manifest(before) not in (new, _unpinned(new)):
+            held = self._undamaged(before, str(ref), [new, _unpinned(new)])
+            if held not in (new, _unpinned(new)):
                 raise ConflictError(
                     f"the name {ref} is taken by {before.short}; this expert is "
                     f"{Digest.of(encode_manifest(str(ref), new)).short}",
                     hint=f"give another name, a tag ({ref.name}:v2), or --replace",
                 )
-            if self._manifest(before) != new:
+            if held != new:
                 notes.append(f"{ref}: the same expert as before, now pinned to its base model")
         return _Prepared(packed, ref, before, tuple(notes))
 
-    def _keep(self, prepared: "_Prepared") -> Added:
+    def _keep(self, prepared: "Sequence[_Prepared]") -> list[Added]:
+        """Bytes first, names after, and last what can be made again."""
+        kept = [self._put(one) for one in prepared]
+        pairs = list(zip(prepared, kept, strict=True))
+        moves = [Move(p.ref, p.before, Digest.parse(a.digest), "add") for p, a in pairs if a.new]
+        move_refs(self.store, moves)
+        if self.path:
+            summaries = {added.digest: Summary.of(added.manifest) for added in kept}
+            index.write(self.path / "index.db", summaries)
+        return kept
+
+    def _put(self, prepared: "_Prepared") -> Added:
         packed, ref, before = prepared.packed, prepared.ref, prepared.before
         with ThreadPoolExecutor(1) as beside:  # hashing and writing leave a core free
             sketch = beside.submit(sketches.sketch_expert, packed) if self.path else None
             manifest = packed.manifest(str(self.store.put(packed.blob())))
         digest = self.store.put(encode_manifest(str(ref), manifest))
-        if digest != before:
-            move_ref(self.store, ref, digest, expect=before, reason="add")
-        if self.path:
-            index.write(self.path / "index.db", {str(digest): Summary.of(manifest)})
-            if sketch is not None and digest != before:
-                sketches.keep_sketch(self.path, str(digest), packed.shapes, sketch.result())
+        if self.path and sketch is not None and digest != before:
+            sketches.keep_sketch(self.path, str(digest), packed.shapes, sketch.result())
         return Added(str(ref), str(digest), manifest, before != digest, prepared.notes)
 
     def remove(self, name: str) -> str:
         """Forget a name (`name` with all its tags, or one `name:tag`). The expert itself stays
         until `gc`. Returns the digest it had."""
         victims = self.removable(name)
-        for victim, digest in victims.items():
-            move_ref(self.store, victim, None, expect=digest, reason="rm")
+        move_refs(self.store, [Move(ref, digest, None, "rm") for ref, digest in victims.items()])
         return str(victims.get(expert_ref(name)) or next(iter(victims.values())))
 
     def removable(self, name: str) -> dict[Ref, Digest]:
         """What `remove` would remove. Raises as it does, and changes nothing."""
-        refs = self._expert_refs()
-        if _DIGEST.fullmatch(name) and all(r.name != name for r in refs):
+        refs = self.catalog.refs()
+        if is_digest(name) and all(r.name != name for r in refs):
             self.digest(name)
             raise UsageError(
                 f"{name} is a digest, not a name; only names are removed",
@@ -336,9 +298,9 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     def rename(self, old: str, new: str) -> str:
         """Give an expert another name, with all its tags; its digest stays. ConflictError where
-        the new name is taken."""
+        the new name is taken. A renaming that was killed half way is gone on with."""
         source, target = expert_ref(old), expert_ref(new)
-        refs = self._expert_refs()
+        refs = self.catalog.refs()
         moved = {r: d for r, d in refs.items() if r.name == source.name}
         if ":" in old or ":" in new:
             moved = {r: d for r, d in moved.items() if r == source}
@@ -348,19 +310,26 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         pairs = {
             r: (target if ":" in old or ":" in new else Ref(target.name, r.tag)) for r in moved
         }
-        for taken in refs:
-            if taken in pairs.values() or (len(pairs) > 1 and taken.name == target.name):
+        there = {r for r in moved if pairs[r] != r and refs.get(pairs[r]) == moved[r]}
+        for taken in refs if there != moved.keys() else ():
+            ours = taken in {pairs[r] for r in there}
+            if not ours and (
+                taken in pairs.values() or (len(pairs) > 1 and taken.name == target.name)
+            ):
                 raise ConflictError(f"the name {taken} is taken", hint=f"adaptlib rm {taken}")
-        for r, digest in moved.items():
-            move_ref(self.store, pairs[r], digest, expect=None, reason=f"mv from {r}")
-        for r, digest in moved.items():
-            move_ref(self.store, r, None, expect=digest, reason=f"mv to {pairs[r]}")
+        made = [
+            Move(pairs[r], None, digest, f"mv from {r}")
+            for r, digest in moved.items()
+            if r not in there
+        ]
+        gone = [Move(r, digest, None, f"mv to {pairs[r]}") for r, digest in moved.items()]
+        move_refs(self.store, [*made, *gone])
         return str(next(iter(moved.values())))
 
     def tag(self, name: str, new: str, *, replace: bool = False) -> str:
         """Give an expert one more name, `name:tag` or another name."""
         digest, ref = Digest.parse(self.digest(name)), expert_ref(new)
-        before = self._at(ref)
+        before = self.catalog.at(ref)
         if before not in (None, digest) and not replace:
             raise ConflictError(
                 f"{ref} is taken by {before.short if before else ''}",
@@ -372,29 +341,35 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     # -- upkeep -------------------------------------------------------------------------------
 
-    def verify(self, *, deep: bool = False) -> Report:
+    def verify(self, *, deep: bool = False, quick: bool = False) -> Report:
         """Re-hash everything that is kept and follow every ref. `deep` also parses each expert and
-        looks for NaN."""
-        report = self.store.verify(children)
-        if not deep:
-            return report
-        broken = {ref for problem in report.problems for ref in problem.refs}
-        problems = list(report.problems)
-        for name, digest in self.tags().items():
-            if Ref.parse(name) in broken:
+        looks for NaN; `quick` hashes manifests alone, and of blobs only asks whether they are there
+        and of the right size. The hint of a problem is the command to type. Changes nothing."""
+        report = self.store.verify(children, sizes=blob_sizes if quick else None)
+        return self._advised(report, deep=deep)
+
+    def repair(self, *, deep: bool = False) -> Repair:
+        """Verify, move what is damaged to quarantine/, and put back what the library has an intact
+        copy of. The report is of what is left to be done, by which command; see `verify`."""
+        done = self.store.repair(children)
+        return dataclasses.replace(done, report=self._advised(done.report, deep=deep))
+
+    def _advised(self, report: Report, *, deep: bool) -> Report:
+        problems = [
+            dataclasses.replace(problem, hint=next_command(self.store, self.path, problem))
+            for problem in report.problems
+        ]
+        broken = {ref for problem in problems for ref in problem.refs}
+        for name, digest in self.tags().items() if deep and not _unreadable_refs(problems) else ():
+            ref = Ref.parse(name)
+            if ref in broken:
                 continue
             try:
                 check_content(name, self.packed(name))
             except Exception as error:  # whatever is wrong with it is the finding
-                problems.append(
-                    Problem(
-                        kind="corrupt",
-                        digest=Digest.parse(digest),
-                        refs=(Ref.parse(name),),
-                        detail=str(error),
-                        hint=f"adaptlib rm {name}",
-                    )
-                )
+                hint = forget(self.store, [ref])
+                digest_ = Digest.parse(digest)
+                problems.append(Problem("corrupt", digest_, (ref,), str(error), hint))
         return dataclasses.replace(report, problems=tuple(problems))
 
     def restore(self, gc_id: str) -> int:
@@ -408,31 +383,96 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         self,
         *,
         grace: timedelta = timedelta(days=1),
+        history: timedelta = timedelta(days=14),
         dry_run: bool = False,
         allow_empty: bool = False,
     ) -> GcResult:
-        """Move what no name leads to, and none did within `grace`, to the trash. Without
-        `allow_empty`, a library that has lost all its names is left alone."""
-        return self.store.gc(children, grace=grace, dry_run=dry_run, allow_empty=allow_empty)
+        """Move to the trash what no name or pin leads to, none did within `history`, and was not
+        put within `grace`. Without `allow_empty`, a library that has lost all its names is left
+        alone."""
+        return self.store.gc(
+            children, grace=grace, history=history, dry_run=dry_run, allow_empty=allow_empty
+        )
+
+    def pin(self, name: str, label: str | None = None) -> tuple[str, str]:
+        """Keep the expert that `name` (or a digest) is now, whatever becomes of its names; returns
+        (label, digest). The label is the digest's first 12 digits where none is given."""
+        digest = Digest.parse(self.digest(name))
+        ref = pin_ref(label or digest.short)
+        before = self.store.refs().get(ref)
+        if before not in (None, digest):
+            raise ConflictError(
+                f"the pin {label} is at {before.short if before else ''}, not at {digest.short}",
+                hint=f"take another label, or: adaptlib unpin {label}",
+            )
+        if before is None:
+            move_ref(self.store, ref, digest, expect=None, reason=f"pin of {name}")
+        return ref.name.removeprefix(f"{PINS}/"), str(digest)
+
+    def unpin(self, label: str) -> str:
+        """Take a pin away, by its label or the digest it holds; returns the digest."""
+        pins = self.pins()
+        found = [one for one in pins if one == label] or [
+            one for one, digest in pins.items() if is_digest(label) and _starts(digest, label)
+        ]
+        if len(found) != 1:
+            raise NotFoundError(
+                f"{'no' if not found else 'more than one'} pin is {label!r}; there are: "
+                f"{', '.join(pins) or 'none'}",
+                hint="see all: adaptlib pin",
+            )
+        digest = pins[found[0]]
+        ref = pin_ref(found[0])
+        move_ref(self.store, ref, None, expect=Digest.parse(digest), reason="unpin")
+        return digest
+
+    def freed_by(self, victims: Iterable[Ref]) -> int:
+        """How many bytes gc could take if these refs were gone: what nothing else leads to."""
+        refs, going = self.store.refs(), set(victims)
+        kept = {digest for ref, digest in refs.items() if ref not in going}
+        loose = {refs[ref] for ref in going & refs.keys()} - kept
+        held = self._below(kept)
+        freed = [digest for digest in self._below(loose) - held if digest in self.store]
+        return sum(self.store.size(digest) for digest in freed)
+
+    def _below(self, digests: set[Digest]) -> set[Digest]:
+        """These objects and all that they lead to; of manifests, by the index."""
+        texts = {str(digest) for digest in digests}
+        known = index.read(self.path / "index.db", texts) if self.path else {}
+        found = set(digests) | {Digest.parse(known[text].blob) for text in known}
+        waiting = [digest for digest in digests if str(digest) not in known]
+        while waiting:
+            digest = waiting.pop()
+            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError):  # what is damaged may go, too
+                below = set(children(digest, self.store.get(digest))) - found
+                found |= below
+                waiting += below
+        return found
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _at(self, ref: Ref) -> Digest | None:
-        """What one name points to. Reads that ref alone: all of them, for each of a thousand
-        experts, would be a million files."""
-        if ref.name.split("/")[0] in RECORDS:
-            return None
+    def _undamaged(
+        self, digest: Digest, name: str, candidates: Sequence[Manifest]
+    ) -> Manifest | None:
+        """The manifest with this digest; where it is damaged or gone, that of the candidates whose
+        bytes it had, if any: adding an expert again repairs it."""
         try:
-            return self.store.ref(ref)
-        except RefNotFound:
-            return None
-
-    def _expert_refs(self) -> dict[Ref, Digest]:
-        refs = self.store.refs()
-        return {r: d for r, d in refs.items() if r.name.split("/")[0] not in RECORDS}
+            return parse_manifest(digest.short, self.store.get(digest))
+        except (ObjectCorrupt, ObjectNotFound):
+            same = (one for one in candidates if Digest.of(encode_manifest(name, one)) == digest)
+            return next(same, None)
 
     def _manifest(self, digest: Digest) -> Manifest:
-        return parse_manifest(digest.short, self.store.get(digest))
+        return parse_manifest(digest.short, read_object(self.store, digest))
+
+
+def _starts(digest: str, prefix: str) -> bool:
+    return digest.removeprefix("sha256:").startswith(prefix.removeprefix("sha256:"))
+
+
+def _unreadable_refs(problems: Sequence[Problem]) -> bool:
+    """Whether the names of a library cannot be listed at all."""
+    return any(problem.kind == "unreadable" and problem.refs for problem in problems)
 
 
 def _unpinned(manifest: Manifest) -> Manifest:

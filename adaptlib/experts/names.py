@@ -1,13 +1,17 @@
 """Which names a library takes, and what its objects refer to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 from adaptlib.errors import ConflictError, UsageError
 from adaptlib.experts.codec import SCHEMA
 from adaptlib.experts.tensors import parse_json
 from library_store import Digest, InvalidName, Ref, RefConflict, Store
 
-RECORDS = ("clusterings", "routers")  # first parts of names that are kept for what is no expert
+RECORDS = ("clusterings", "routers")
+PINS = "pins"
+RESERVED = (*RECORDS, PINS)  # first parts of names that are kept for what is no expert
 
 
 def children(_: Digest, data: bytes) -> Iterator[Digest]:
@@ -25,6 +29,16 @@ def children(_: Digest, data: bytes) -> Iterator[Digest]:
             yield Digest.parse(document["tensors"])
 
 
+def blob_sizes(_: Digest, data: bytes) -> dict[Digest, int]:
+    """What a manifest says of the size of its blob; nothing for any other object."""
+    if not data.startswith(b'{"') or b"\0" in data[:8]:
+        return {}
+    document = parse_json("object", data)
+    if document.get("schema") != SCHEMA:
+        return {}
+    return {Digest.parse(document["blob"]["digest"]): int(document["blob"]["size"])}
+
+
 def record_ref(kind: str, name: str) -> Ref:
     """The ref of a saved result, such as `clusterings/NAME`."""
     if kind not in RECORDS:
@@ -32,11 +46,20 @@ def record_ref(kind: str, name: str) -> Ref:
     return _parse(f"{kind}/{name}")
 
 
+def pin_ref(label: str) -> Ref:
+    """The ref of a pin, `pins/LABEL`. UsageError where this cannot be a label."""
+    if "/" in label or ":" in label:
+        raise UsageError(f"a pin's label has no '/' and no ':', got {label!r}")
+    return _parse(f"{PINS}/{label}")
+
+
 def expert_ref(name: str) -> Ref:
     """The ref of an expert's name. UsageError where it is none, or kept for saved results."""
     ref = _parse(name)
-    if ref.name.split("/")[0] in RECORDS:
-        raise UsageError(f"names under {ref.name.split('/')[0]}/ are kept for saved results")
+    first = ref.name.split("/")[0]
+    if first in RESERVED:
+        what = "pins" if first == PINS else "saved results"
+        raise UsageError(f"names under {first}/ are kept for {what}")
     return ref
 
 
@@ -45,6 +68,29 @@ def _parse(name: str) -> Ref:
         return Ref.parse(name)
     except InvalidName as error:
         raise UsageError(str(error), hint=error.hint) from None
+
+
+class Move(NamedTuple):
+    """Where a ref is and where it is to go; None where it is absent."""
+
+    ref: Ref
+    old: Digest | None
+    new: Digest | None
+    reason: str
+
+
+def move_refs(store: Store, moves: Sequence[Move]) -> None:
+    """Make all of these moves, in this order. Where one fails those before it are taken back."""
+    done: list[Move] = []
+    try:
+        for move in moves:
+            move_ref(store, move.ref, move.new, expect=move.old, reason=move.reason)
+            done.append(move)
+    except BaseException:
+        for move in reversed(done):
+            with suppress(Exception):  # what failed is to be told, and the log has what is left
+                store.move(move.ref, move.old, expect=move.new, reason=f"undo {move.reason}")
+        raise
 
 
 def move_ref(

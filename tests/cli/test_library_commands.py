@@ -134,9 +134,45 @@ def test_rm_mv_tag_log(run: Any, library: Library) -> None:
     assert "mv from poems" in run("log", "verses").out
     text = run("rm", "best")
     assert text.out.startswith("Removed  best  sha256:")
-    undo = text.err.removeprefix("  Undo: adaptlib ").split()
-    assert run(*undo).code == 0
+    undo, frees = text.err.splitlines()
+    assert "gc frees 0" not in frees
+    assert "after 14 days" in frees
+    assert run(*undo.removeprefix("  Undo: adaptlib ").split()).code == 0
     assert "best" in library
+
+
+def test_rm_says_what_gc_would_free_and_gc_frees_it(run: Any, library: Library) -> None:
+    dry = run("rm", "poems", "best", "sums", "--dry-run", "--json").document
+    assert dry["dry_run"]
+    assert "poems" in library
+    assert "gc frees nothing of it: other names" in run("rm", "poems", "--dry-run").err
+    done = run("rm", "poems", "best", "sums", "--json").document
+    assert done == {**dry, "dry_run": False}
+    assert run("gc", "--grace", "0", "--json").document["bytes"] == 0  # the history keeps it
+    assert run("gc", "--grace", "0", "--history", "13d", "--json").document["bytes"] == 0
+    freed = run("gc", "--grace", "0", "--history", "0", "--json").document
+    assert freed["bytes"] == done["frees"] > 0
+
+
+def test_pin_and_unpin(run: Any, library: Library) -> None:
+    digest = library.digest("sums")
+    assert run("pin").err.startswith("Nothing is pinned.")
+    assert run("pin", "sums").out == f"Pinned  sums  {digest[:19]}  as {digest[7:19]}\n"
+    assert run("pin", "sums").out.startswith("Already pinned")
+    assert run("pin", "poems", "--label", "paper", "-q").out == "paper\n"
+    assert run("pin", "sums", "--label", "paper").code == 5
+    assert run("pin", "-q").out.split() == [digest[7:19], "paper"]
+    assert run("pin", "--label", "x").code == 2
+    listed = run("pin", "--json").document["pins"]
+    assert [entry["label"] for entry in listed] == [digest[7:19], "paper"]
+    assert "paper" in run("pin").out
+    run("rm", "sums")
+    run("gc", "--grace", "0", "--history", "0")
+    assert run("show", digest).code == 0
+    assert run("unpin", digest[7:19]).out == f"Unpinned  {digest[7:19]}  {digest[:19]}\n"
+    run("gc", "--grace", "0", "--history", "0")
+    assert run("show", digest).code == 3
+    assert run("unpin", "nobody").code == 3
 
 
 def test_rm_removes_all_or_nothing(run: Any, library: Library) -> None:
@@ -204,7 +240,14 @@ def test_verify_gc_and_doctor(run: Any, library: Library) -> None:
     ok = run("verify", "--json")
     assert (ok.code, ok.document) == (
         0,
-        {"schema": "adaptlib.verify/1", "checked": 6, "problems": []},
+        {
+            "schema": "adaptlib.verify/1",
+            "checked": 6,
+            "problems": [],
+            "quarantined": [],
+            "repaired": [],
+            "mended": [],
+        },
     )
     assert run("verify", "--deep").out == "6 objects checked, 0 problems\n"
     assert run("doctor").code == 0
@@ -213,8 +256,8 @@ def test_verify_gc_and_doctor(run: Any, library: Library) -> None:
     assert {check["status"] for check in doctor["checks"]} <= {"ok", "warn"}
     run("rm", "sums")
     assert run("gc", "--json").document["removed"] == []
-    dry = run("gc", "--grace", "0", "--dry-run", "--json").document
-    done = run("gc", "--grace", "0", "--json").document
+    dry = run("gc", "--grace", "0", "--history", "0", "--dry-run", "--json").document
+    done = run("gc", "--grace", "0", "--history", "0", "--json").document
     assert dry["schema"] == done["schema"] == "adaptlib.gc/1"
     assert dry["removed"] == done["removed"]
     assert len(done["removed"]) == 2

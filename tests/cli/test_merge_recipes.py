@@ -71,7 +71,7 @@ def test_a_replay_without_a_parent_names_it(run: Any, library: Library) -> None:
     library.remove("two")
     assert run("merge", "--replay", "both").code == 0  # gc has not been here
     gone = library.manifest("both").card["parents"][1]["digest"]
-    library.gc(grace=timedelta(0))
+    library.gc(grace=timedelta(0), history=timedelta(0))
     done = run("merge", "--replay", "both")
     assert done.code == 3
     assert f"two as it was, {gone[:19]}, is gone" in done.err

@@ -162,5 +162,5 @@ def test_a_shortlist_is_routed_among(run: Any, routed_library: Library) -> None:
         assert failed.code == 2
         assert said in failed.err
     run("rm", *listed)
-    done = run("gc", "--grace", "0", "--allow-empty", "--json").document
+    done = run("gc", "--grace", "0", "--history", "0", "--allow-empty", "--json").document
     assert done["prototypes"] == 5

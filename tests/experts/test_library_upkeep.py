@@ -90,7 +90,7 @@ def test_records_are_kept_with_their_experts(library: Library) -> None:
     assert list(library) == ["one"]  # a record is no expert
     assert "clusterings/mine" not in library
     library.remove("one")
-    assert library.gc(grace=timedelta(0)).removed == ()
+    assert library.gc(grace=timedelta(0), history=timedelta(0)).removed == ()
     assert library.verify(deep=True).ok
     assert library.digest(digest) == digest
     with pytest.raises(NotFoundError, match="no clusterings named 'other'; there are: mine"):
@@ -105,9 +105,9 @@ def test_gc_removes_what_no_name_leads_to(library: Library) -> None:
     before = state(library)["objects"]
     library.remove("goes")
     assert library.gc().removed == ()  # within the grace period
-    assert len(library.gc(grace=timedelta(0), dry_run=True).removed) == 2
+    assert len(library.gc(grace=timedelta(0), history=timedelta(0), dry_run=True).removed) == 2
     assert state(library)["objects"] == before
-    result = library.gc(grace=timedelta(0))
+    result = library.gc(grace=timedelta(0), history=timedelta(0))
     assert len(result.removed) == 2
     assert gone not in library
     assert library.verify(deep=True).ok
@@ -165,8 +165,10 @@ def test_looking_experts_up_does_not_read_every_ref_for_each(
     for i in range(20):
         library.add(make_expert(i), f"e{i}")
     scans = []
-    scan = LocalStore._scan_refs
-    monkeypatch.setattr(LocalStore, "_scan_refs", lambda self: scans.append(1) or scan(self))
+    scan = LocalStore.listing
+    monkeypatch.setattr(
+        LocalStore, "listing", lambda self, seen: scans.append(1) or scan(self, seen)
+    )
     assert len([library[name] for name in library]) == 20
     assert len(scans) == 1
     library.add(make_expert(21), "new")

@@ -64,7 +64,7 @@ def test_it_keeps_its_experts_when_their_names_move_on(library, make_lora, llama
     other = make_lora(llama, torch.Generator().manual_seed(77), rank=2)
     library.add(other, "half", replace=True)
     library.remove("wide")
-    library.gc(grace=timedelta(0))
+    library.gc(grace=timedelta(0), history=timedelta(0))
     loaded, held = load_router(library, "mine")
     assert library.digest("half") != before
     for name in held:

@@ -138,25 +138,38 @@ def test_putting_again_makes_young(local, children):
         assert digest in local
 
 
-def test_where_a_ref_was_within_the_grace_period_stays(local, children, parent):
+def test_where_a_ref_was_within_two_weeks_stays(local, children, parent):
     blob = local.put(b"blob")
     old, new = local.put(parent(blob)), local.put(b"new")
     local.move(SQL, old, expect=None)
     local.move(SQL, new, expect=old)
     for digest in (blob, old, new):
-        age(local, digest, 100_000)
-    assert local.gc(children).removed == ()
-    assert set(local.gc(children, grace=NOW).removed) == {old, blob}
+        age(local, digest, 20 * 86_400)
+    soon, later = (datetime.now(UTC) + timedelta(days=n) for n in (13, 15))
+    assert local.gc(children).removed == local.gc(children, grace=NOW).removed == ()
+    assert local.gc(children, grace=NOW, now=soon, dry_run=True).removed == ()
+    assert set(local.gc(children, grace=NOW, now=later, dry_run=True).removed) == {old, blob}
+    assert local.gc(children, grace=timedelta(days=16), now=later).removed == ()
+    assert set(local.gc(children, grace=NOW, history=NOW).removed) == {old, blob}
 
 
-def test_a_removed_ref_is_remembered_for_the_grace_period(local, children):
+def test_the_history_is_never_shorter_than_the_grace_period(local, children):
+    old = local.put(b"old")
+    local.move(SQL, old, expect=None)
+    local.move(SQL, local.put(b"new"), expect=old)
+    age(local, old, 100_000)
+    assert local.gc(children, history=NOW).removed == ()
+    assert local.gc(children, history=NOW, grace=NOW).removed == (old,)
+
+
+def test_a_removed_ref_is_remembered_for_two_weeks(local, children):
     old = local.put(b"old")
     local.move(SQL, old, expect=None)
     local.move(SQL, None, expect=old)
     local.move(Ref("py"), local.put(b"kept"), expect=None)
     age(local, old, 100_000)
-    assert local.gc(children).removed == ()
-    assert local.gc(children, grace=NOW).removed == (old,)
+    assert local.gc(children, grace=NOW).removed == ()
+    assert local.gc(children, grace=NOW, history=NOW).removed == (old,)
     # The log still tells of it, and that it is gone aborts nothing.
     assert local.gc(children).removed == ()
 

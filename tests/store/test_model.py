@@ -95,7 +95,12 @@ class Model(RuleBasedStateMachine):
     def gc(self, dry_run: bool) -> None:
         reached = self.reached()
         going = set(self.objects) - reached
-        options = {"grace": timedelta(0), "allow_empty": True, "dry_run": dry_run}
+        options = {
+            "grace": timedelta(0),
+            "history": timedelta(0),
+            "allow_empty": True,
+            "dry_run": dry_run,
+        }
         if not reached <= set(self.objects):
             with pytest.raises(GcAborted):
                 self.store.gc(below, **options)
