@@ -142,8 +142,8 @@ def _failure(error: Exception, arguments: list[str]) -> int:
             StoreLocked: 5,
         }
         code = by_type.get(type(error), 1)
-        if code == 4:
-            hint = hint or "see what is damaged: adaptlib verify"
+        if code == 4 and not isinstance(error, UnknownFormat):
+            hint = "adaptlib verify --repair"
     elif isinstance(error, OSError):
         code, hint = 1, hint or "the library is as it was; adaptlib doctor looks at disk and rights"
     else:

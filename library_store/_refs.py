@@ -58,11 +58,11 @@ class RefFiles:
         temp = _files.temporary(self.root / "tmp")
         _files.write_synced(temp, [f"{digest}\n".encode("ascii")], mode=0o666)
         try:
-            self._rename(temp, path)
+            self._rename(temp, ref)
         except BaseException:
             _files.remove(temp)
             raise
-        _files.fsync_up(path.parent, base=self.root / "refs")
+        self._sync_up(path.parent)
 
     def scan(self) -> tuple[dict[Ref, Digest], list[Problem]]:
         """Every ref, sorted, and every file that is none."""
@@ -160,22 +160,41 @@ class RefFiles:
         refs = self.root / "refs"
         directory = self._path(ref).parent
         _files.remove(self._path(ref))
-        _files.fsync_directory(directory)
+        self._sync(directory)
         # rmdir refuses a directory that somebody has put a ref into meanwhile.
         while directory != refs and _files.remove_directory(directory):
             directory = directory.parent
-            _files.fsync_directory(directory)
+            self._sync(directory)
 
-    def _rename(self, temp: Path, path: Path) -> None:
+    def _rename(self, temp: Path, ref: Ref) -> None:
+        # What is handled here happens only where the lock lies.
+        path = self._path(ref)
         for attempt in range(5):
-            _files.make_directories(path.parent, base=self.root / "refs")
             try:
+                _files.make_directories(path.parent, base=self.root / "refs")
                 _files.replace(temp, path)
                 return
-            except FileNotFoundError:
-                # Removing another tag took our empty directory away. Only where the lock lies.
+            except FileNotFoundError:  # removing another tag took our empty directory away
                 if attempt == 4:
                     raise
+            except (IsADirectoryError, NotADirectoryError):
+                self._refuse_collision(ref)  # unless the name that was faster is gone again
+                if attempt == 4:
+                    raise
+
+    def _sync_up(self, directory: Path) -> None:
+        self._sync(directory)
+        while directory != self.root / "refs":
+            directory = directory.parent
+            self._sync(directory)
+
+    def _sync(self, directory: Path) -> None:
+        """Sync a directory that another process, where the lock lies, may have removed again."""
+        try:
+            _files.fsync_directory(directory)
+        except FileNotFoundError:
+            if directory == self.root / "refs":
+                raise
 
     def _refuse_collision(self, ref: Ref) -> None:
         """`a:b` is the file refs/a/b and the name `a/b` is that directory: it cannot be both."""
@@ -206,7 +225,11 @@ class RefFiles:
 
 def _prune(directory: Path) -> bool:
     """Remove a tree of empty directories, left by a crash; whether it is gone."""
-    for name, kind in _files.list_directory(directory):
+    try:
+        entries = _files.list_directory(directory)
+    except FileNotFoundError:
+        return True
+    for name, kind in entries:
         if kind != "directory" or not _prune(directory / name):
             return False
     return _files.remove_directory(directory)

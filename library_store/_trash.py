@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def sweep(
             break
         if not moved:
             _files.make_directories(trash, base=objects.root / "trash")
-        _files.replace(path, trash / digest.hex)
+        try:
+            _files.replace(path, trash / digest.hex)
+        except FileNotFoundError:  # the same, just now, where the lock lies
+            continue
         # `put` freshens before it says that an object is there. If it did so between our look and
         # our rename, its caller relies on this object; if after, it found nothing and wrote it.
         found = _files.status(trash / digest.hex)
@@ -37,7 +41,8 @@ def sweep(
             break
         moved.append(digest)
     if moved:
-        _files.fsync_up(trash, base=objects.root / "trash")
+        with suppress(FileNotFoundError):  # restored at once by somebody
+            _files.fsync_up(trash, base=objects.root / "trash")
         for shard in sorted({objects.path(digest).parent for digest in moved}):
             _files.fsync_directory(shard)
     else:
@@ -49,13 +54,14 @@ def restore(objects: ObjectFiles, gc_id: str) -> int:
     """See Store.restore."""
     trash = objects.root / "trash" / gc_id
     # time_of first: an id that is no id, such as `../objects`, must not become a path.
-    if time_of(gc_id) is None or _files.status(trash) is None:
+    found = None if time_of(gc_id) is None else _listed(trash)
+    if found is None:
         kept = ", ".join(name for name, _ in _files.list_directory(objects.root / "trash"))
         raise ObjectNotFound(
             f"no trash {gc_id!r} in {objects.root}", hint=f"there is {kept or 'none'}"
         )
     count = 0
-    for name, _ in _files.list_directory(trash):
+    for name, _ in found:
         try:
             digest = Digest(name)
         except InvalidDigest:
@@ -110,8 +116,15 @@ def purge(root: Path, now: datetime) -> None:
             _files.remove(root / "tmp" / name)
 
 
+def _listed(directory: Path) -> list[tuple[str, _files.Kind]] | None:
+    try:
+        return _files.list_directory(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _remove(directory: Path) -> None:
-    for name, kind in _files.list_directory(directory):
+    for name, kind in _listed(directory) or ():
         if kind == "directory":
             _remove(directory / name)
         else:

@@ -11,6 +11,7 @@ from adaptlib.clustering.mbc import Clustering, check, check_count, cluster
 from adaptlib.clustering.modules import chosen
 from adaptlib.errors import BaseMismatchError, UsageError
 from adaptlib.experts.codec import Manifest, parse_manifest
+from adaptlib.experts.damage import read_object
 from adaptlib.experts.library import Library
 from adaptlib.experts.sketches import SEED, SIDE, sketches
 from library_store import Digest
@@ -93,7 +94,7 @@ def library_features(
 def read_manifest(library: Library, digest: str, name: str) -> Manifest:
     """The manifest with this digest; `name` is what errors call it. A library's own lookup would
     first ask whether the digest is a name."""
-    return parse_manifest(name, library.store.get(Digest.parse(digest)))
+    return parse_manifest(name, read_object(library.store, Digest.parse(digest)))
 
 
 def _why(library: Library, digests: Mapping[str, str], only: Sequence[str | int]) -> str:

@@ -11,6 +11,7 @@ from adaptlib.clustering.mbc import Clustering
 from adaptlib.clustering.similarity import Embedding
 from adaptlib.errors import CorruptError, NotFoundError
 from adaptlib.experts.codec import unpack
+from adaptlib.experts.damage import view_object
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.library import Library
 from adaptlib.experts.records import load_record, save_record
@@ -80,7 +81,7 @@ def load_clustering(library: Library, name: str) -> Clustering:
         names = tuple(sorted(document["experts"]))
         found = {"unit": np.zeros((len(names), 0)), "weights": None, "tree": None}
         if "tensors" in document:
-            blob = library.store.view(Digest.parse(document["tensors"]))
+            blob = view_object(library.store, Digest.parse(document["tensors"]))
             for key, raw in read_tensors(where, blob).items():
                 found[key] = raw.numpy().astype(np.float64)
         unit = found["unit"]

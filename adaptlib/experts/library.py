@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from adaptlib.errors import ConflictError, NotFoundError, UsageError
+from adaptlib.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from adaptlib.experts import index, sketches
 from adaptlib.experts.catalog import Catalog, is_digest
 from adaptlib.experts.codec import (
@@ -443,7 +443,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         waiting = [digest for digest in digests if str(digest) not in known]
         while waiting:
             digest = waiting.pop()
-            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError):  # what is damaged may go, too
+            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError):  # of damage, what is known
                 below = set(children(digest, self.store.get(digest))) - found
                 found |= below
                 waiting += below

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from adaptlib.errors import NotFoundError
+from adaptlib.experts.damage import read_object
 from adaptlib.experts.names import move_ref, record_ref
 from adaptlib.experts.tensors import parse_json
 from library_store import Store
@@ -21,15 +22,6 @@ def save_record(store: Store, kind: str, name: str, document: Mapping[str, Any])
     before = store.refs().get(ref)
     if before != digest:
         move_ref(store, ref, digest, expect=before, reason=f"save {kind}")
-    return str(digest)
-
-
-def remove_record(store: Store, kind: str, name: str) -> str:
-    """Forget a document kept by `save_record`; returns its digest."""
-    load_record(store, kind, name)
-    ref = record_ref(kind, name)
-    digest = store.ref(ref)
-    move_ref(store, ref, None, expect=digest, reason="rm")
     return str(digest)
 
 
@@ -50,4 +42,4 @@ def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
             f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}",
             hint=f"did you mean {close[0]}?" if close else f"{made[kind]} {name} keeps one",
         )
-    return parse_json(str(ref), store.get(digest))
+    return parse_json(str(ref), read_object(store, digest))

@@ -8,6 +8,7 @@ import torch
 
 from adaptlib.errors import UsageError
 from adaptlib.experts.codec import Packed, assemble, parse_manifest, unpack
+from adaptlib.experts.damage import read_object, view_object
 from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.library import Library
@@ -90,8 +91,9 @@ class Shelf(Mapping[str, Expert]):
 def read_packed(library: Library, digest: str, name: str) -> Packed:
     """The expert with this digest, mapped and verified; `name` is what errors call it. A library's
     own lookup would first ask whether the digest is a name, which reads every ref."""
-    manifest = parse_manifest(name, library.store.get(Digest.parse(digest)))
-    return assemble(name, manifest, library.store.view(Digest.parse(manifest.blob.digest)))
+    manifest = parse_manifest(name, read_object(library.store, Digest.parse(digest)))
+    blob = view_object(library.store, Digest.parse(manifest.blob.digest))
+    return assemble(name, manifest, blob)
 
 
 def _moved(expert: Expert, device: torch.device) -> Expert:

@@ -23,6 +23,7 @@ import numpy as np
 
 from adaptlib.errors import BaseMismatchError, RefusedError, UsageError
 from adaptlib.experts.codec import Packed, assemble, parse_manifest
+from adaptlib.experts.damage import read_object, view_object
 from adaptlib.experts.projection import module_seed, sketch_lora, sketch_sparse
 from adaptlib.experts.segments import (
     FULL,
@@ -158,8 +159,8 @@ def _made(
             yield signature, [segment]
 
     for i, (digest, name) in enumerate(missing.items(), start=1):
-        manifest = parse_manifest(name, library.store.get(Digest.parse(digest)))
-        blob = library.store.view(Digest.parse(manifest.blob.digest))
+        manifest = parse_manifest(name, read_object(library.store, Digest.parse(digest)))
+        blob = view_object(library.store, Digest.parse(manifest.blob.digest))
         packed = assemble(name, manifest, blob)
         row = sketch_expert(packed)
         held.setdefault(tuple(sorted(packed.shapes.items())), []).append((digest, row))

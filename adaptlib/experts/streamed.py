@@ -6,6 +6,7 @@ from typing import final
 
 from adaptlib.errors import CorruptError
 from adaptlib.experts.codec import Manifest, Module, assemble, parts_of, to_delta
+from adaptlib.experts.damage import REPAIR, view_object
 from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Deltas, Expert
 from adaptlib.experts.tensors import Span, layout
@@ -37,7 +38,7 @@ class Streamed(Deltas):
         if len(view) != self.size:
             raise CorruptError(
                 f"{self.source}: its file has {len(view):,} bytes now; it had {self.size:,}",
-                hint="adaptlib verify",
+                hint=REPAIR,
             )
         return to_delta(self.modules[module], first.cut(view), second.cut(view))
 
@@ -73,7 +74,7 @@ def streamed(source: str, manifest: Manifest, store: Store) -> Expert:
     part of its updates. Its blob is verified here, in pieces, and checked against the manifest.
     `source` is what errors call it."""
     blob = Digest.parse(manifest.blob.digest)
-    view = store.view(blob)  # verified by reading, not through the mapping
+    view = view_object(store, blob)  # verified by reading, not through the mapping
     assemble(source, manifest, view)
     where = layout(source, view)
     first, second = parts_of(manifest.kind)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptlib.errors import CorruptError
 from adaptlib.experts.codec import to_raw, to_tensor
+from adaptlib.experts.damage import view_object
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.library import Library
 from adaptlib.experts.records import load_record, save_record
@@ -66,7 +67,7 @@ def load_router(library: Library, name: str) -> tuple[Router, Mapping[str, Exper
             f"{document.get('router')!r:.40}; known: {', '.join(ROUTERS)}"
         )
     made = ROUTERS[document["router"]]
-    tensors = read_tensors(where, library.store.view(Digest.parse(document["tensors"])))
+    tensors = read_tensors(where, view_object(library.store, Digest.parse(document["tensors"])))
     values: dict[str, Any] = dict(document["options"]) | {"experts": document["order"]}
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     for field in dataclasses.fields(made):
