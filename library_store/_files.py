@@ -185,6 +185,20 @@ def publish(temp: Path, path: Path) -> None:
         remove(temp)
 
 
+def link(path: Path, second: Path) -> bool:
+    """Give a file a second name, if it is there and the name is free. False where that cannot be:
+    a file system without hard links, a directory, a file of another user."""
+    try:
+        os.link(path, second)
+    except (FileNotFoundError, FileExistsError):
+        return True
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        return False
+    return True
+
+
 def replace(source: Path, target: Path) -> None:
     """Rename, over whatever file is at `target`."""
     os.replace(source, target)

@@ -65,6 +65,8 @@ class ObjectFiles:
             if self._is_settled(digest):
                 _files.remove(temp)
                 return
+            if not self._is_intact(digest):
+                keep_aside(path, self.root, digest.hex)
             _files.replace(temp, path)
         _files.fsync_up(path.parent, base=self.directory)
 
@@ -123,12 +125,9 @@ class ObjectFiles:
         return found, problems
 
     def _is_settled(self, digest: Digest) -> bool:
-        """Whether the object is here, intact, durable and young. Moves a damaged one aside."""
+        """Whether the object is here, intact, durable and young."""
         path = self.path(digest)
-        if _files.status(path) is None:
-            return False
-        if not self._is_intact(digest):
-            self._move_aside(digest)
+        if _files.status(path) is None or not self._is_intact(digest):
             return False
         try:
             _files.touch(path)
@@ -149,9 +148,6 @@ class ObjectFiles:
             if error.errno != errno.EIO:
                 raise
             return False  # a bad sector: new bytes can heal it
-
-    def _move_aside(self, digest: Digest) -> None:
-        set_aside(self.path(digest), self.root, digest.hex)
 
     def _explain(self, digest: Digest, error: OSError) -> Exception:
         """What a failed read means: no such object, no proper object, or the disk's own error."""
@@ -174,7 +170,7 @@ class ObjectFiles:
 def set_aside(path: Path, root: Path, name: str) -> Path | None:
     """Move what is at `path` to `quarantine/<name>.<time>`; durable on return. None if another
     process was faster."""
-    aside = root / "quarantine" / f"{name}.{timestamp().replace(':', '').replace('-', '')}"
+    aside = _aside(root, name)
     try:
         _files.replace(path, aside)
     except FileNotFoundError:
@@ -182,6 +178,20 @@ def set_aside(path: Path, root: Path, name: str) -> Path | None:
     _files.fsync_directory(root / "quarantine")
     _files.fsync_directory(path.parent)
     return aside
+
+
+def keep_aside(path: Path, root: Path, name: str) -> None:
+    """As `set_aside`, for what new bytes are about to be renamed over. Where that can be, it stays
+    until they are: another process may have put them already, and they must not vanish, not even
+    until ours are there."""
+    if _files.link(path, _aside(root, name)):
+        _files.fsync_directory(root / "quarantine")
+    else:
+        set_aside(path, root, name)
+
+
+def _aside(root: Path, name: str) -> Path:
+    return root / "quarantine" / f"{name}.{timestamp().replace(':', '').replace('-', '')}"
 
 
 def _has_hash(path: Path, digest: Digest) -> bool:
