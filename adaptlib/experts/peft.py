@@ -46,7 +46,14 @@ from adaptlib.experts.peft_config import (
 )
 from adaptlib.experts.peft_keys import PREFIX, sort_keys
 from adaptlib.experts.peft_shira import ShapeOf, read_modules, write_modules
-from adaptlib.experts.tensors import RawTensor, encode, map_file, read_tensors
+from adaptlib.experts.tensors import (
+    RawTensor,
+    cut,
+    encode,
+    map_file,
+    open_regular,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from adaptlib.experts.expert import Expert
@@ -180,17 +187,17 @@ def _read_lora(
         if len(a.shape) != 2 or len(b.shape) != 2 or 0 in a.shape + b.shape:
             if min(len(a.shape), len(b.shape)) > 2:
                 raise RefusedError(
-                    f"{source}: {name} is no linear module: lora_A {list(a.shape)}, "
+                    f"{source}: {cut(name)} is no linear module: lora_A {list(a.shape)}, "
                     f"lora_B {list(b.shape)}"
                 )
             raise CorruptError(
-                f"{source}: {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; want "
-                "[r, d_in] and [d_out, r]",
+                f"{source}: {cut(name)} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
+                "want [r, d_in] and [d_out, r]",
                 hint="gather the shards (DeepSpeed ZeRO-3, FSDP) before save_pretrained",
             )
         if a.shape[0] != rank or b.shape[1] != rank:
             raise CorruptError(
-                f"{source}: {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
+                f"{source}: {cut(name)} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
                 f"{CONFIG_NAME} gives it rank {rank}"
             )
         modules[name] = Module((b.shape[0], a.shape[1]), rank=rank, scale=scale)
@@ -231,10 +238,11 @@ def _base(directory: Path, named: str | None, told: str | None) -> tuple[str, li
 
 def _licence(readme: Path) -> str | None:
     """The `license` of a model card's front matter, where it is a plain word."""
-    if not readme.is_file():
+    try:
+        with open_regular(readme) as file:
+            text = file.read(1 << 16).decode("utf-8", "replace")
+    except (NotFoundError, RefusedError):
         return None
-    with readme.open("rb") as file:
-        text = file.read(1 << 16).decode("utf-8", "replace")
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     line = r"^license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?[ \t]*\r?$"
     word = re.search(line, front[1], re.MULTILINE) if front else None

@@ -7,7 +7,7 @@ and nothing is imported, fetched or opened because of them. What an expert canno
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +15,14 @@ import msgspec
 
 from adaptlib.errors import CorruptError, NotFoundError, RefusedError
 from adaptlib.experts.codec import Module
-from adaptlib.experts.tensors import parse_json
+from adaptlib.experts.tensors import brief, open_regular, parse_json
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 1 << 20  # bytes; PEFT writes about 1 kB
+MAX_BASE = 512  # characters in the name of a base model, and in its revision
 MAX_PATTERN = 512  # characters
-MAX_STEPS = 1_000_000_000  # of backtracking, an upper bound for all patterns on all modules
+MAX_STEPS = 20_000_000  # of matching, an upper bound for all patterns on all modules; a second
+_COMPILE, _MATCH = 4000, 20  # what compiling a pattern, and trying it on a name, cost in steps
 MASK = "adaptlib"  # `mask_type` of what we export: values of 0 there are padding
 
 # What ΔW = scale · B A, or a few entries of ΔW, cannot say. Each is a field that is else empty.
@@ -77,26 +79,32 @@ class _Kind(msgspec.Struct):
 def read_config(path: Path) -> dict[str, Any]:
     """The document in an adapter_config.json, as it is. Raises NotFoundError, RefusedError (too
     large, a key twice) and CorruptError (not a JSON object)."""
-    if not path.is_file():
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_CONFIG + 1)
+    except NotFoundError:
         raise NotFoundError(
             f"{path.parent} has no {CONFIG_NAME}; a PEFT directory holds {CONFIG_NAME} and "
             "adapter_model.safetensors",
             hint="give the directory that save_pretrained wrote",
-        )
-    with path.open("rb") as file:
-        text = file.read(MAX_CONFIG + 1)
+        ) from None
+    return parse_document(str(path), text)
+
+
+def parse_document(source: str, text: bytes) -> dict[str, Any]:
+    """The document in the text of an adapter_config.json; raises as `read_config` does."""
     if len(text) > MAX_CONFIG:
-        raise RefusedError(f"{path} has over {MAX_CONFIG:,} bytes; at most that many are read")
-    document = parse_json(str(path), text)
+        raise RefusedError(f"{source} has over {MAX_CONFIG:,} bytes; at most that many are read")
+    document = parse_json(source, text)
     if not isinstance(document, dict):
-        raise CorruptError(f"{path} holds a {type(document).__name__}, want an object")
+        raise CorruptError(f"{source} holds a {type(document).__name__}, want an object")
     # It will be kept in a manifest: numbers and strings that would change there are refused.
     try:
         kept = msgspec.json.decode(msgspec.json.encode(document))
     except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         kept = None
     if kept != document:
-        raise RefusedError(f"{path} holds a number or a string that JSON cannot carry exactly")
+        raise RefusedError(f"{source} holds a number or a string that JSON cannot carry exactly")
     return document
 
 
@@ -119,6 +127,13 @@ def parse_config(source: str, document: Mapping[str, Any]) -> LoRAConfig | SHiRA
     config = _convert(source, document, wanted)
     if config.r < 1:
         raise CorruptError(f"{source}: r is {config.r}; a rank is 1 or more")
+    for field in ("base_model_name_or_path", "revision"):
+        text = getattr(config, field)
+        if text and (len(text) > MAX_BASE or not text.isprintable()):
+            raise RefusedError(
+                f"{source} has a {field} of {len(text):,} characters that is over {MAX_BASE} long "
+                f"or not printable: {brief(text, 80)}"
+            )
     if isinstance(config, LoRAConfig):
         _check_lora(source, config)
     return config
@@ -151,7 +166,7 @@ def _convert(source: str, document: Mapping[str, Any], wanted: type[Any]) -> Any
     try:
         return msgspec.convert(document, wanted)
     except msgspec.ValidationError as error:
-        raise CorruptError(f"{source}: {error}") from None
+        raise CorruptError(f"{source}: {str(error)[:200]}") from None
 
 
 def scales(
@@ -173,38 +188,95 @@ def _match(
 ) -> dict[str, V]:
     """The value for each module that a pattern matches: PEFT's rule (`get_pattern_key`), which is
     the first key that matches as a regular expression the whole name or its end after a dot."""
-    compiled: list[tuple[re.Pattern[str], V]] = []
-    steps = 0
-    for key, value in patterns.items():
-        steps += _steps(key, modules)
-        if len(key) > MAX_PATTERN or steps > MAX_STEPS:
-            raise RefusedError(
-                f"{source}: {field} has a pattern that could take for ever to match: {key[:80]!r}",
-                hint="write module names out, or fewer *, + and groups",
-            )
-        try:
-            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CorruptError(
-                f"{source}: {field} has the key {key[:80]!r}, no regular expression: {error}"
-            ) from None
+    names: dict[str, tuple[int, V]] = {}  # keys that are a name as a whole
+    others: list[tuple[int, str, V]] = []
+    for place, (key, value) in enumerate(patterns.items()):
+        if len(key) <= MAX_PATTERN and _NAME.fullmatch(key):
+            names.setdefault(re.sub(r"\\(.)", r"\1", key), (place, value))
+        else:
+            others.append((place, key, value))
+    _check_cost(source, field, [key for _, key, _ in others], modules)
+    compiled = [(place, _compile(source, field, key), value) for place, key, value in others]
     found: dict[str, V] = {}
     for module in modules:
-        for pattern, value in compiled:
-            if pattern.match(module):
-                found[module] = value
+        hits = [names[name] for name in _ends(module) if name in names]
+        first = min((place for place, _ in hits), default=len(patterns))
+        for place, pattern, value in compiled:
+            if place > first:
                 break
+            if pattern.match(module):
+                hits.append((place, value))
+                break
+        if hits:
+            found[module] = min(hits, key=lambda hit: hit[0])[1]
     return found
 
 
-def _steps(pattern: str, modules: Mapping[str, Any]) -> int:
-    """An upper bound for the backtracking of `pattern` over all module names. It comes from
-    outside: `(a+)+$` on a long name would not end."""
-    if re.search(r"\)[*+{]", pattern):
-        return MAX_STEPS + 1  # a repeated group can be exponential
-    repeats = len(re.findall(r"[*+{]|(?<!\()\?", pattern))
-    choices = (1 + pattern.count("|")) ** pattern.count("(")
-    return sum(choices * len(name) ** repeats * (1 + name.count(".")) for name in modules)
+# A key that matches one text only, `^` for the whole name: what adaptlib writes for each module.
+_NAME = re.compile(r"\^?(?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9^])+")
+# The regular expressions that are tried at all: no backslash, class or group that costs more than
+# it seems to. `(?i:[\0-\U0010ffff])` takes a second to compile.
+_PLAIN = re.compile(r"(?:[A-Za-z0-9_.^$*+?{},|()\[\]:-]|\\[^A-Za-z0-9]|\\[dDwWsS])*", re.ASCII)
+
+
+def _ends(module: str) -> Iterator[str]:
+    """What a key that is a name can be to match this module: its name, and its ends after dots."""
+    yield f"^{module}"
+    yield module
+    for i, letter in enumerate(module):
+        if letter == ".":
+            yield module[i + 1 :]
+
+
+def _compile(source: str, field: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CorruptError(
+            f"{source}: {field} has the key {brief(key, 80)}, no regular expression: {error}"
+        ) from None
+
+
+def _check_cost(source: str, field: str, keys: Sequence[str], modules: Mapping[str, Any]) -> None:
+    """RefusedError where matching could take more than a second. The keys come from outside:
+    `(a+)+$` on a long name would not end."""
+    longest = max(map(len, modules), default=0)
+    places = sum(1 + name.count(".") for name in modules)
+    once = len(modules) * _MATCH + sum(map(len, modules)) // 8
+    steps = 0
+    for key in keys:
+        # A group that is repeated can be exponential.
+        odd = not _PLAIN.fullmatch(key) or re.search(r"\)[*+{]|\(\?(?!:)", key)
+        if not odd and len(key) <= MAX_PATTERN:
+            steps += _COMPILE + 40 * len(key) + once + _ways(key, longest) * places
+            if steps <= MAX_STEPS:
+                continue
+        raise RefusedError(
+            f"{source}: {field} has a pattern that could take for ever to match: {brief(key, 80)}",
+            hint="write module names out, or fewer *, + and groups",
+        )
+
+
+def _ways(pattern: str, length: int) -> int:
+    """In how many ways a pattern without repeated groups can be tried at one place of a name: the
+    product of its repeats and groups, the sum of alternatives."""
+    sums, products = [0], [1]
+    for token in re.findall(r"\\.|\[\^?\]?[^\]]*\]?|\(\?:|\)\?|.", pattern):
+        if token.startswith("("):
+            sums.append(0)
+            products.append(1)
+        elif token == "|":
+            sums[-1] += products[-1]
+            products[-1] = 1
+        elif token.startswith(")") and len(sums) > 1:
+            inner = sums.pop() + products.pop() + (token == ")?")
+            products[-1] *= inner
+        elif token in ("*", "+", "?", "{"):
+            products[-1] *= length + 1 if token != "?" else 2
+    while len(sums) > 1:
+        inner = sums.pop() + products.pop()
+        products[-1] *= inner
+    return sums[0] + products[0]
 
 
 def lora_config(

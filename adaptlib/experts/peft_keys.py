@@ -7,10 +7,10 @@ base_model.model.<module>.lora_A.default.weight    with the adapter's name in it
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from adaptlib.errors import CorruptError, RefusedError
-from adaptlib.experts.tensors import RawTensor
+from adaptlib.experts.tensors import RawTensor, brief, cut
 
 PREFIX = "base_model.model."
 
@@ -19,8 +19,9 @@ _KEY = re.compile(r"(.+)\.(lora_[AB]|shira_weight|shira_indices)((?:\.[^.]+){0,2
 _MODULE = re.compile(r"[^\s/\\.]+(\.[^\s/\\.]+)*")  # a path in a model, never one in a file system
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# What else is found in adapter files; the first that fits the name says why it is refused.
-_LEFT_OVER = (
+# What else is found in adapter files; the first that fits the name says why it is refused. Those
+# of _INSIDE may be in a name that looks like a part of an update.
+_INSIDE = (
     (r"lora_magnitude_vector", "DoRA also rescales the base weight"),
     (r"lora_embedding_[AB]", "it adapts an embedding; experts adapt linear modules"),
     (r"\.experts(\.base_layer)*\.lora_", "it adapts mixture-of-experts parameters"),
@@ -29,6 +30,9 @@ _LEFT_OVER = (
     (r"trainable_tokens|token_adapter", "rows of the embedding were trained beside the adapter"),
     (r"prompt_embeddings|prompt_encoder", "it belongs to prompt tuning"),
     (r"ia3_l", "it belongs to IA3"),
+)
+_LEFT_OVER = (
+    *_INSIDE,
     (
         r"(embed\w*|wte|wpe|lm_head|embed_out)(\.base_layer)?\.weight$",
         "a whole weight of the base model is beside the adapter (PEFT: save_embedding_layers)",
@@ -53,31 +57,37 @@ def sort_keys(
         tail = found[3].split(".")[1:] if found else []
         if kind == "lora" and tail[-1:] == ["weight"]:
             tail.pop()
-        if not found or found[2] not in _PARTS[kind] or len(tail) > 1 or _reason(key):
-            why = _reason(key) or f"it is unknown in a {'LoRA' if kind == 'lora' else 'SHiRA'} file"
-            raise RefusedError(f"{source} holds the tensor {key!r}: {why}")
+        if not found or found[2] not in _PARTS[kind] or len(tail) > 1 or _reason(key, _INSIDE):
+            why = (
+                _reason(key, _LEFT_OVER)
+                or f"it is unknown in a {'LoRA' if kind == 'lora' else 'SHiRA'} file"
+            )
+            raise RefusedError(f"{source} holds the tensor {brief(key)}: {why}")
         if tail:
             adapters.add(tail[0])
             changes["the adapter's name is taken out"] += 1
         module, made = _own_name(found[1])
         changes.update(made)
         if not _MODULE.fullmatch(module):
-            raise RefusedError(f"{source} holds the tensor {key!r}: no module has such a name")
+            raise RefusedError(f"{source} holds the tensor {brief(key)}: no module has such a name")
         place = module, found[2]
         if place in origin:
             raise RefusedError(
-                f"{source}: {origin[place]!r} and {key!r} are both {found[2]} of {module}"
+                f"{source}: {brief(origin[place])} and {brief(key)} are both {found[2]} of "
+                f"{cut(module)}"
             )
         origin[place] = key
         parts.setdefault(module, {})[found[2]] = tensor
     if len(adapters) > 1:
         raise RefusedError(
-            f"{source} holds {len(adapters)} adapters: {', '.join(sorted(adapters)[:5])}",
+            f"{source} holds {len(adapters)} adapters: {cut(', '.join(sorted(adapters)[:5]))}",
             hint="save each on its own: save_pretrained(..., selected_adapters=[NAME])",
         )
     for module, pair in parts.items():
         if missing := [part for part in _PARTS[kind] if part not in pair]:
-            raise CorruptError(f"{source}: {module} has {next(iter(pair))} but no {missing[0]}")
+            raise CorruptError(
+                f"{source}: {cut(module)} has {next(iter(pair))} but no {missing[0]}"
+            )
     if not parts:
         raise CorruptError(f"{source} holds no tensor; it adapts nothing")
     return parts, [f"{what} ({count} tensor names)" for what, count in changes.items()]
@@ -106,5 +116,5 @@ def _own_name(path: str) -> tuple[str, list[str]]:
     return name, changes
 
 
-def _reason(key: str) -> str | None:
-    return next((why for pattern, why in _LEFT_OVER if re.search(pattern, key)), None)
+def _reason(key: str, known: Iterable[tuple[str, str]]) -> str | None:
+    return next((why for pattern, why in known if re.search(pattern, key)), None)

@@ -13,7 +13,7 @@ import numpy as np
 from adaptlib.errors import CorruptError, RefusedError
 from adaptlib.experts.codec import Module
 from adaptlib.experts.peft_config import MASK, SHiRAConfig
-from adaptlib.experts.tensors import FLOATS, RawTensor
+from adaptlib.experts.tensors import FLOATS, RawTensor, cut
 
 Parts = dict[str, RawTensor]
 ShapeOf = Callable[[str], tuple[int, int] | None]
@@ -46,31 +46,33 @@ def _read_module(
     n = weight.shape[0] if len(weight.shape) == 1 else 0
     if n == 0 or indices.shape != (2, n):
         raise CorruptError(
-            f"{source}: {name} has shira_weight {list(weight.shape)} and shira_indices "
+            f"{source}: {cut(name)} has shira_weight {list(weight.shape)} and shira_indices "
             f"{list(indices.shape)}; want [n] and [2, n], n over 0"
         )
     if weight.dtype not in FLOATS:
-        raise CorruptError(f"{source}: {name} has a shira_weight of {weight.dtype}; want floats")
+        raise CorruptError(
+            f"{source}: {cut(name)} has a shira_weight of {weight.dtype}; want floats"
+        )
     rows, columns = _integers(source, name, indices)
     notes = [] if indices.dtype in ("I32", "I64") else ["positions kept as floats are now integers"]
     least = int(rows.max()) + 1, int(columns.max()) + 1
     total, rest = divmod(n, config.r)
     if rest or sum(least) > total:
         raise CorruptError(
-            f"{source}: {name} keeps {n} entries, up to row {least[0] - 1} and column "
+            f"{source}: {cut(name)} keeps {n} entries, up to row {least[0] - 1} and column "
             f"{least[1] - 1}; with r {config.r} it must be r·(d_in + d_out)"
         )
     shape = least if sum(least) == total else shape_of(name)
     if shape is None:
         raise RefusedError(
-            f"{source}: the shape of {name} is not in the file (its sides sum to {total}), and the "
-            "base model is not on this machine",
+            f"{source}: the shape of {cut(name)} is not in the file (its sides sum to {total}), "
+            "and the base model is not on this machine",
             hint="give a base model that is here: --base PATH",
         )
     if sum(shape) != total or shape[0] < least[0] or shape[1] < least[1]:
         raise CorruptError(
-            f"{source}: {name} has the shape {shape} in the base model; its {n} entries are for "
-            f"sides that sum to {total}, of {least} at least"
+            f"{source}: {cut(name)} has the shape {shape} in the base model; its {n} entries are "
+            f"for sides that sum to {total}, of {least} at least"
         )
     index, values = rows * shape[1] + columns, weight.numpy()
     if (np.diff(index) <= 0).any():
@@ -78,7 +80,7 @@ def _read_module(
         index, values = index[order], values[order]
         notes.append("positions are now sorted")
         if (np.diff(index) == 0).any():
-            raise CorruptError(f"{source}: {name} has a position twice in its shira_indices")
+            raise CorruptError(f"{source}: {cut(name)} has a position twice in its shira_indices")
     if config.mask_type == MASK:
         kept = _nonzero(weight.dtype, values)
         index, values = index[kept], values[kept]
@@ -141,12 +143,14 @@ def _common_r(
 def _integers(source: str, name: str, indices: RawTensor) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns as int64. PEFT writes int32, and float32 on Windows."""
     if indices.dtype not in ("I32", "I64", "F32"):
-        raise CorruptError(f"{source}: {name} has shira_indices of {indices.dtype}; want I32")
+        raise CorruptError(f"{source}: {cut(name)} has shira_indices of {indices.dtype}; want I32")
     raw = indices.numpy()
     bound = 1 << 24 if indices.dtype == "F32" else 1 << 31  # float32 counts exactly up to 2^24
     whole = bool(np.isfinite(raw).all()) and bool(((raw >= 0) & (raw < bound)).all())
     if not whole or (indices.dtype == "F32" and (raw != np.floor(raw)).any()):
-        raise CorruptError(f"{source}: {name} has a position in shira_indices that cannot be one")
+        raise CorruptError(
+            f"{source}: {cut(name)} has a position in shira_indices that cannot be one"
+        )
     rows, columns = raw.astype(np.int64)
     return rows, columns
 

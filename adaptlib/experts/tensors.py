@@ -5,18 +5,21 @@
     data      the tensors back to back, row by row: no holes, no overlap, nothing after
 
 safetensors' own reader accepts duplicate names and headers of 100 MB (measured, 0.8.0), so the
-header is parsed here first, under limits. Its own writer orders metadata by a hash map, so files
-are written here: no metadata, tensors in the order of that writer (widest dtype first, then name).
-No torch: reading a header must stay cheap.
+header is parsed here first, under limits; what is accepted here it accepts too, and reads alike.
+Its own writer orders metadata by a hash map, so files are written here: no metadata, tensors in the
+order of that writer (widest dtype first, then name). No torch: reading a header must stay cheap.
 """
 
+import errno
 import json
 import math
 import mmap
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,11 @@ MAX_TENSORS = 65_536
 MAX_AXES = 8
 MAX_NAME = 512  # characters
 MAX_SIDE = 2**63 - 1  # of one axis, and of all of them together
+MAX_DEPTH = 64  # of JSON: a manifest must stay readable wherever it is read
+# Of one JSON text, before it is parsed: small texts can stand for very many values. A header of
+# MAX_TENSORS tensors with MAX_AXES axes has 18 and 10 of these for each.
+MAX_MARKS = 20 * MAX_TENSORS  # { [ : and ,
+MAX_QUOTES = 16 * MAX_TENSORS
 
 # dtype -> (bytes an item, numpy type of its bits); in the order in which safetensors sorts them
 DTYPES: dict[str, tuple[int, str]] = {
@@ -42,6 +50,9 @@ DTYPES: dict[str, tuple[int, str]] = {
     "I64": (8, "<i8"),
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_ODD = (errno.ENXIO, errno.ENODEV, errno.ELOOP)  # a socket, a device without a driver, a loop
 _RANK = {dtype: i for i, dtype in enumerate(DTYPES)}
 _PICKLES = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # torch.save, pickle
 
@@ -95,16 +106,38 @@ class Span(NamedTuple):
 
 def map_file(path: Path) -> memoryview:
     """The bytes of a file, mapped, private and writable in memory (the file cannot change)."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise RefusedError(f"{path} is not a regular file")
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        if size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read. NotFoundError where there is none; RefusedError where it is a pipe, a device
+    or a directory: reading these can wait for ever, or never end."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size == 0:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
-    except FileNotFoundError:
-        raise NotFoundError(f"{path} is not there") from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            raise NotFoundError(f"{path} is not there") from None
+        if error.errno in _ODD:
+            raise RefusedError(f"{path} is not a regular file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RefusedError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def brief(text: str, most: int = 120) -> str:
+    """Text from outside as errors show it: quoted, without control characters, and cut."""
+    return repr(cut(text, most))
+
+
+def cut(text: str, most: int = 120) -> str:
+    """Text of at most `most` characters; where it is longer, without its middle."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 3]}...{text[-(most // 3) :]}"
 
 
 def read_tensors(source: str, view: memoryview) -> dict[str, RawTensor]:
@@ -141,15 +174,13 @@ def layout(source: str, view: memoryview) -> dict[str, Span]:
             f"{source} is truncated: its header has {length:,} bytes, the file {len(view):,}"
         )
     header = bytes(view[8 : 8 + length])
+    if not header.startswith(b"{"):
+        raise CorruptError(f"{source} has a header that is not a JSON object: no {{ at its start")
     # Counted before parsing, which would take seconds and gigabytes for what is refused after.
-    if header.count(b'"data_offsets"') > MAX_TENSORS or (
-        sum(header.count(mark) for mark in (b"{", b"[", b":")) > 16 * MAX_TENSORS
-    ):
+    if header.count(b'"data_offsets"') > MAX_TENSORS or _too_many(header):
         raise RefusedError(f"{source} has a header of more than {MAX_TENSORS:,} tensors")
-    entries = parse_json(source, header)
-    if not isinstance(entries, dict):
-        raise CorruptError(f"{source} has a header that is not a JSON object")
-    entries.pop("__metadata__", None)
+    entries = _parse(source, header)
+    _check_metadata(source, entries.pop("__metadata__", {}))
     if len(entries) > MAX_TENSORS:
         raise RefusedError(
             f"{source} has {len(entries):,} tensors; at most {MAX_TENSORS:,} are read"
@@ -176,25 +207,43 @@ def _span(source: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
         whole = [*shape, begin, stop]
     except (KeyError, TypeError, ValueError):
         raise CorruptError(
-            f"{source}: tensor {name!r} lacks dtype, shape or data_offsets"
+            f"{source}: tensor {brief(name)} lacks dtype, shape or data_offsets"
         ) from None
+    if entry.keys() != _FIELDS:
+        raise CorruptError(
+            f"{source}: tensor {brief(name)} has more than dtype, shape and data_offsets"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
+        said = brief(dtype, 60) if isinstance(dtype, str) else type(dtype).__name__
         raise RefusedError(
-            f"{source}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}"
+            f"{source}: tensor {brief(name)} has dtype {said}; supported: {', '.join(DTYPES)}"
         )
     fits = isinstance(shape, list) and len(shape) <= MAX_AXES
-    if not fits or any(type(n) is not int or not 0 <= n <= MAX_SIDE for n in whole):
-        raise CorruptError(f"{source}: tensor {name!r} has a shape or offsets that cannot be")
-    size = DTYPES[dtype][0]
-    if size * math.prod(n or 1 for n in shape) > MAX_SIDE:  # also of an empty one: (0, 2**62, 9)
-        raise CorruptError(f"{source}: tensor {name!r} of {dtype} {shape} is larger than can be")
-    size *= math.prod(shape)
+    for n in whole if fits else ():
+        fits = fits and type(n) is int and 0 <= n <= MAX_SIDE
+    if not fits:
+        raise CorruptError(f"{source}: tensor {brief(name)} has a shape or offsets that cannot be")
+    size = DTYPES[dtype][0] * math.prod(shape)
+    most = size or DTYPES[dtype][0] * math.prod(filter(None, shape))
+    if most > MAX_SIDE:  # also of an empty one: (0, 2**62, 9)
+        raise CorruptError(
+            f"{source}: tensor {brief(name)} of {dtype} {shape} is larger than can be"
+        )
     if stop - begin != size:
         raise CorruptError(
-            f"{source}: tensor {name!r} of {dtype} {shape} takes {size:,} bytes; "
+            f"{source}: tensor {brief(name)} of {dtype} {shape} takes {size:,} bytes; "
             f"its offsets span {stop - begin:,}"
         )
     return dtype, tuple(shape), begin, stop
+
+
+def _check_metadata(source: str, metadata: Any) -> None:
+    """It is not used, but what safetensors itself would not read is not a safetensors file."""
+    try:
+        for key, value in metadata.items():
+            (key + value).encode()
+    except (AttributeError, TypeError, UnicodeEncodeError):
+        raise CorruptError(f"{source} has a __metadata__ that is not of text by text") from None
 
 
 def _check_name(source: str, name: str) -> None:
@@ -205,9 +254,40 @@ def _check_name(source: str, name: str) -> None:
         )
 
 
-def parse_json(source: str, text: bytes | str) -> Any:
-    """Strict JSON: duplicate keys, NaN and nesting without end are errors that name `source`."""
+def parse_json(source: str, text: bytes) -> Any:
+    """Strict JSON: duplicate keys, NaN, values without number and nesting without end are errors
+    that name `source`."""
+    check_values(source, text)
+    value = _parse(source, text)
+    check_depth(source, value)
+    return value
 
+
+def check_values(source: str, text: bytes | memoryview) -> None:
+    """RefusedError where JSON stands for more values than are read here, before any is made."""
+    if _too_many(bytes(text)):
+        raise RefusedError(f"{source} holds more than {MAX_MARKS:,} values")
+
+
+def check_depth(source: str, value: Any) -> None:
+    """RefusedError where objects and lists are more than MAX_DEPTH deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [one for one in level if isinstance(one, dict | list)]
+        if not nested:
+            return
+        level = [
+            inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    raise RefusedError(f"{source} is nested more than {MAX_DEPTH} deep")
+
+
+def _too_many(text: bytes) -> bool:
+    marks = sum(text.count(mark) for mark in (b"{", b"[", b":", b","))
+    return marks > MAX_MARKS or text.count(b'"') > MAX_QUOTES
+
+
+def _parse(source: str, text: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -220,11 +300,18 @@ def parse_json(source: str, text: bytes | str) -> Any:
         raise CorruptError(f"{source} holds {value}, which is not JSON")
 
     try:
-        if isinstance(text, bytes):
-            text = text.decode()  # json.loads would also guess UTF-16 and UTF-32
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        return json.loads(
+            text.decode(),  # json.loads would also guess UTF-16 and UTF-32
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_int=_integer,
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{source} is not JSON: {str(error)[:200]}") from None
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # as others read it, safetensors among them
 
 
 def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:

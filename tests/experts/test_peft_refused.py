@@ -352,7 +352,7 @@ def test_links_are_followed_to_regular_files_only(tmp_path):
     refused(inside, NotFoundError, "no adapter_model.safetensors")
     (inside / "adapter_config.json").unlink()
     (inside / "adapter_config.json").symlink_to("/dev/zero")
-    refused(inside, NotFoundError, "no adapter_config.json")
+    refused(inside, RefusedError, "adapter_config.json is not a regular file")
 
 
 def test_an_export_replaces_a_link_and_leaves_its_target(tmp_path):
@@ -451,4 +451,4 @@ def test_nothing_is_left_behind_by_an_export_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_peft(packed, out)
-    assert list(out.iterdir()) == []
+    assert not out.exists()

@@ -141,7 +141,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
 def test_json_is_strict() -> None:
     assert parse_json("f", b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}
     with pytest.raises(RefusedError, match="f has the key 'a' twice"):
-        parse_json("f", '{"b": {"a": 1, "a": 1}}')
+        parse_json("f", b'{"b": {"a": 1, "a": 1}}')
     for text in ("NaN", "[Infinity]", "{", "", "\ufeff{}", "[" * 100_000):
         with pytest.raises(CorruptError, match=r"^f "):
-            parse_json("f", text)
+            parse_json("f", text.encode())
