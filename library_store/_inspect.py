@@ -118,20 +118,21 @@ class _Walk:
         if digest in self._said and digest not in self.roots:
             return self._measure(digest, self._said[digest])
         try:
-            data = self._store.view(digest)
+            # What may refer to others is read at once, so that it is read once.
+            whole = follow and (digest in self.roots or self._store.size(digest) <= PARENT_LIMIT)
+            data = self._store.get(digest) if whole else self._store.view(digest)
         except ObjectNotFound as error:
             return _problem("missing", digest, error)
         except ObjectCorrupt as error:
             return _problem("corrupt", digest, error)
         except OSError as error:
             return _problem("unreadable", digest, error)
-        if not follow or (len(data) > PARENT_LIMIT and digest not in self.roots):
+        if not isinstance(data, bytes):
             return None
         try:
-            whole = bytes(data)
-            self.below[digest] = tuple(self._children(digest, whole))
+            self.below[digest] = tuple(self._children(digest, data))
             if self._sizes is not None:
-                self._said |= self._sizes(digest, whole)
+                self._said |= self._sizes(digest, data)
         except Exception as error:  # both are the caller's, and may raise anything
             return _problem("unreadable", digest, error)
         return None
