@@ -17,6 +17,18 @@ LibraryOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, never prompt.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print names or nothing.")]
+PlainOption = Annotated[
+    bool,
+    typer.Option("--plain", help="Tab-separated values with one header line, for programs."),
+]
+
+
+def check_formats(*, json: bool, plain: bool) -> None:
+    """UsageError where two forms of output are asked for."""
+    if json and plain:
+        from adaptlib.errors import UsageError
+
+        raise UsageError("--json and --plain are two forms of output", hint="choose one of them")
 
 
 def words(values: list[str] | None) -> list[str]:

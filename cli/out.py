@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, Final
 
 COLORS: Final = ("auto", "always", "never")
@@ -115,31 +116,17 @@ def _cell(value: object) -> str:
 
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:
-    """A table without lines. A column is (heading, how): `left` and `right` are shown whole; where
-    the terminal is narrow, `cut` loses its end and `fold` goes on in the next line."""
-    from rich.table import Table
-    from rich.text import Text
+    """A table without lines. A column is (heading, how): `left` and `right` are shown whole,
+    however narrow the terminal; there, `cut` loses its end and `fold` goes on in the next line."""
+    from .table import lay_out
 
+    width = _columns()
+    if sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        width = os.get_terminal_size(sys.stdout.fileno()).columns or width
+    bold = (lambda text: f"\x1b[1m{text}\x1b[0m") if colored() else str
     cells = [[plain(cell) for cell in row] for row in rows]
-    # Rich's own padding takes half the time of a long table, so two spaces are put after each cell.
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=0)
-    lines: list[list[str]] = [[] for _ in cells]
-    for i, (heading, how) in enumerate(columns):
-        lines_ = (
-            line for text in (heading, *(row[i] for row in cells)) for line in text.split("\n")
-        )
-        whole = max(map(len, lines_))
-        grid.add_column(
-            (heading.rjust(whole) if how == "right" else heading) + "  ",
-            no_wrap=how != "fold",
-            overflow="fold" if how == "fold" else "ellipsis",
-            min_width=whole + 2 if how in ("left", "right") else None,
-        )
-        for line_, row in zip(lines, cells, strict=True):
-            line_.append((row[i].rjust(whole) if how == "right" else row[i]) + "  ")
-    for line_ in lines:
-        grid.add_row(*map(Text, line_))
-    console().print(grid)
+    for text in lay_out([*columns], cells, width, ellipsis=ellipsis(), bold=bold):
+        sys.stdout.write(text + "\n")
 
 
 def size(count: int) -> str:
@@ -150,6 +137,15 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return ""
+
+
+def ago(age: timedelta) -> str:
+    """How long ago, in the largest unit of which it is two or more: `3 days ago`."""
+    seconds = age.total_seconds()
+    for unit, length in (("year", 31_536_000), ("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}s ago"
+    return "just now" if seconds < 60 else f"{seconds:.0f} s ago"
 
 
 def count(number: int, noun: str) -> str:
@@ -173,13 +169,18 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
-def unicode() -> bool:
-    """Whether stdout takes block characters."""
+def unicode(characters: str = "█▏─") -> bool:
+    """Whether stdout takes these, or block characters."""
     try:
-        "█▏─".encode(sys.stdout.encoding or "ascii")
+        characters.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         return False
     return True
+
+
+def ellipsis() -> str:
+    """What stands for the rest of a text."""
+    return "…" if unicode("…") else ".."
 
 
 def short(digest: str) -> str:
