@@ -3,6 +3,8 @@
 # make test     install, then the tests
 # make check    format, lint, types
 # make bench    the benchmarks (minutes)
+# make soak     the long versions of the store's tests (an hour); figures in soak.jsonl
+# make fuzz     a million mutated headers and configs
 # make fmt      put the code into its format
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ PINS := $(if $(GPU),,-c requirements/cpu.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check bench fmt clean
+.PHONY: run test check bench soak fuzz fmt clean
 
 run: $(VENV)/.run
 	@echo; echo '$$ adaptlib init --demo'
@@ -48,6 +50,18 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/train_library.py
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/merging.py
+
+SOAK ?= 20
+
+soak: $(VENV)/.test
+	rm -f soak.jsonl
+	ADAPTLIB_SOAK=$(SOAK) ADAPTLIB_SOAK_REPORT=$(CURDIR)/soak.jsonl \
+	  $(BIN)/python -m pytest -q tests/store tests/hostile tests/experts/test_corruption.py \
+	  tests/experts/test_library_faults.py tests/cli/test_faults.py
+	$(MAKE) fuzz
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/hostile/fuzz_header.py --inputs 1000000
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
