@@ -1,6 +1,7 @@
 """Tables as lines of text. Rich makes them too, at a tenth of the speed, and leaves out columns
 that have no room."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 
 GAP = "  "
@@ -41,9 +42,13 @@ def measure(text: str) -> int:
     """How many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
-    from rich.cells import cell_len
+    return sum(_cells(c) for c in text)
 
-    return cell_len(text)
+
+def _cells(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _share(columns: Sequence[tuple[str, str]], whole: Sequence[int], width: int) -> list[int]:

@@ -14,6 +14,7 @@ from adaptlib.cli import commands, main
 
 import adaptlib
 from adaptlib.experts import Library
+from adaptlib.experts.catalog import Catalog
 from adaptlib.experts.codec import pack, write_directory
 from tests.tiny import make_expert
 
@@ -119,7 +120,7 @@ def test_a_traceback_is_for_who_asks(run: Any, library: Library, monkeypatch: An
     def fail(*_: object) -> None:
         raise RuntimeError("something unforeseen")
 
-    monkeypatch.setattr(Library, "summaries", fail)
+    monkeypatch.setattr(Catalog, "summarised", fail)
     result = run("list", "--json")
     assert result.code == 1
     assert result.error["message"] == "something unforeseen"
@@ -134,13 +135,13 @@ def test_interruption_and_a_full_disk(run: Any, library: Library, monkeypatch: A
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Library, "summaries", stop)
+    monkeypatch.setattr(Catalog, "summarised", stop)
     assert run("list") == (130, "", "Interrupted\n")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Library, "summaries", full)
+    monkeypatch.setattr(Catalog, "summarised", full)
     result = run("list")
     assert result.code == 1
     assert "No space left on device" in result.err
