@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -22,12 +22,19 @@ import numpy as np
 from adaptlib.errors import CorruptError, NotFoundError, RefusedError
 from adaptlib.experts.tensors import (
     FLOATS,
+    MAX_AXES,
+    MAX_SIDE,
     RawTensor,
+    brief,
+    check_depth,
+    check_values,
+    cut,
     encode,
     encoded_size,
     map_file,
     parse_json,
     read_tensors,
+    release,
 )
 
 if TYPE_CHECKING:
@@ -40,27 +47,34 @@ SCHEMA = "adaptlib.expert/1"
 MANIFEST_NAME = "expert.json"
 BLOB_NAME = "expert.safetensors"
 MAX_MANIFEST = 16 * 1024 * 1024  # bytes
+MAX_BASE = 512  # characters in the name of a base model
 _PARTS = {"lora": ("lora_a", "lora_b"), "sparse": ("index", "values")}
 GATE = "gate"
+# The sides of a sparse expert's modules are said and not shown. All of them together are at most
+# this, and so many for each entry more: what is made from shapes is in proportion to the file.
+MAX_SIDES, SIDES_PER_ENTRY = 1 << 23, 64
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)]
+_DIGEST = r"^sha256:[0-9a-f]{64}\Z"
 
 
 class Module(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What is known of one delta beside its tensors."""
 
-    shape: tuple[int, int]  # (d_out, d_in)
-    rank: int | None = None
+    shape: tuple[_Count, _Count]  # (d_out, d_in)
+    rank: _Count | None = None
     scale: float | None = None
-    block: int | None = None
+    block: _Count | None = None
 
 
 class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MAX_AXES)]
 
 
 class BlobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    digest: str
-    size: int  # bytes
+    digest: Annotated[str, msgspec.Meta(pattern=_DIGEST)]
+    size: _Count  # bytes
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +102,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         total = 0
         for name, tensor in self.tensors.items():
             if not name.endswith((".index", f".{GATE}")):
-                total += int(np.prod(tensor.shape, dtype=np.int64))
+                total += math.prod(tensor.shape)
         return total
 
     @property
@@ -134,6 +148,8 @@ def encode_manifest(source: str, manifest: Manifest) -> bytes:
     plain JSON data, or is too large."""
     try:
         data = manifest.encode()
+        check_values(f"{source}: its manifest", data)
+        check_depth(f"{source}: the card", manifest.card)
         same = msgspec.json.decode(data)["card"] == _json(manifest.card)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise RefusedError(f"{source}: the card cannot be kept as JSON: {error}") from None
@@ -157,29 +173,37 @@ def parse_manifest(source: str, data: bytes | memoryview) -> Manifest:
     """A manifest from its bytes. CorruptError, naming `source`, where it is not one."""
     if len(data) > MAX_MANIFEST:
         raise RefusedError(f"{source} has {len(data):,} bytes; at most {MAX_MANIFEST:,} are read")
+    check_values(source, data)
     try:
-        return msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{source} is not an expert's manifest: {error}") from None
+        raise CorruptError(f"{source} is not an expert's manifest: {str(error)[:200]}") from None
+    check_depth(source, manifest.card)
+    check_card(source, manifest)
+    return manifest
 
 
 def assemble(source: str, manifest: Manifest, blob: memoryview) -> Packed:
     """The expert that `manifest` describes, over the bytes of its blob; the two must agree."""
+    if len(blob) != manifest.blob.size:
+        raise CorruptError(
+            f"{source}: its file has {len(blob):,} bytes; its manifest says {manifest.blob.size:,}"
+        )
     tensors = read_tensors(source, blob)
     said = {n: (t.dtype, t.shape) for n, t in manifest.tensors.items()}
     found = {n: (t.dtype, t.shape) for n, t in tensors.items()}
     if said != found:
         wrong = sorted(n for n in said.keys() | found.keys() if said.get(n) != found.get(n))
         raise CorruptError(
-            f"{source}: manifest and tensors differ in {len(wrong)} places, first {wrong[0]!r}: "
-            f"manifest {said.get(wrong[0])}, tensors {found.get(wrong[0])}"
+            f"{source}: manifest and tensors differ in {len(wrong)} places, first "
+            f"{brief(wrong[0])}: manifest {said.get(wrong[0])!s:.80}, tensors {found.get(wrong[0])}"
         )
     packed = Packed(manifest.kind, manifest.base, manifest.modules, tensors, manifest.card)
     check_structure(source, packed)
     return packed
 
 
-def check_card(source: str, packed: Packed) -> None:
+def check_card(source: str, packed: Packed | Manifest) -> None:
     """The fields of a card that are used here have their types, and it names the same base."""
     card = packed.card
     for key in ("task", "description"):
@@ -196,6 +220,12 @@ def check_card(source: str, packed: Packed) -> None:
         raise CorruptError(
             f"{source} is for the base {packed.base!r:.80}; its card says {pin.get('id')!r:.80}"
         )
+    for key, text in {"base": packed.base, "revision": pin.get("revision") or ""}.items():
+        if len(text) > MAX_BASE or not text.isprintable():
+            raise RefusedError(
+                f"{source}: its {key} has {len(text):,} characters, is over {MAX_BASE} long or not "
+                f"printable: {brief(text, 80)}"
+            )
     peft = {} if card.get("peft") is None else card["peft"]
     notes = peft.get("migrated", []) if isinstance(peft, Mapping) else None
     if not isinstance(notes, list | tuple) or any(not isinstance(note, str) for note in notes):
@@ -213,7 +243,9 @@ def check_structure(source: str, packed: Packed) -> None:
     allowed = {f"{module}.{GATE}" for module in packed.modules}
     if odd := sorted(wanted ^ (packed.tensors.keys() - allowed)):
         where = "is missing" if odd[0] in wanted else "belongs to no module"
-        raise CorruptError(f"{source}: tensor {odd[0]!r} {where} ({len(odd)} such)")
+        raise CorruptError(f"{source}: tensor {brief(odd[0])} {where} ({len(odd)} such)")
+    if packed.kind == "sparse":
+        _check_sides(source, packed)
     for name, module in packed.modules.items():
         first, second = (packed.tensors[f"{name}.{part}"] for part in parts)
         d_out, d_in = module.shape
@@ -233,26 +265,40 @@ def check_structure(source: str, packed: Packed) -> None:
             fits = fits and first.dtype in ("I32", "I64") and second.dtype in FLOATS
         if not fits:
             raise CorruptError(
-                f"{source}: {name} of shape {module.shape}, rank {module.rank}, scale "
+                f"{source}: {cut(name)} of shape {module.shape}, rank {module.rank}, scale "
                 f"{module.scale}, block {module.block} does not go with tensors {first.dtype} "
                 f"{first.shape} and {second.dtype} {second.shape}"
             )
         gate = packed.tensors.get(f"{name}.{GATE}")
         if gate is not None and (gate.dtype, gate.shape) != ("F32", (d_in,)):
             raise CorruptError(
-                f"{source}: the gate of {name} is {gate.dtype} {gate.shape}, want F32 {(d_in,)}"
+                f"{source}: the gate of {cut(name)} is {gate.dtype} {gate.shape}, want F32 {(d_in,)}"
             )
+
+
+def _check_sides(source: str, packed: Packed) -> None:
+    sides = sum(sum(module.shape) for module in packed.modules.values())
+    entries = sum(packed.tensors[f"{name}.values"].params for name in packed.modules)
+    if sides > MAX_SIDES + SIDES_PER_ENTRY * entries:
+        raise RefusedError(
+            f"{source} has {entries:,} entries in modules whose sides sum to {sides:,}; at most "
+            f"{MAX_SIDES:,}, and {SIDES_PER_ENTRY} for each entry, are read"
+        )
 
 
 def check_content(source: str, packed: Packed) -> None:
     """No NaN or infinity, and positions of sparse experts inside the matrix and rising."""
     for name, module in packed.modules.items():
         if module.scale is not None and not math.isfinite(module.scale):
-            raise RefusedError(f"{source}: the scale of {name} is {module.scale}; want a number")
-    for name, tensor in packed.tensors.items():
-        if not tensor.finite():
             raise RefusedError(
-                f"{source}: {name} holds NaN or infinity; routing to it would spoil every output",
+                f"{source}: the scale of {cut(name)} is {module.scale}; want a number"
+            )
+    for name, tensor in packed.tensors.items():
+        finite = tensor.finite()
+        release(tensor.data)
+        if not finite:
+            raise RefusedError(
+                f"{source}: {cut(name)} holds NaN or infinity; routing to it would spoil every output",
                 hint="train it again, or take an earlier checkpoint",
             )
     if packed.kind != "sparse":
@@ -261,17 +307,24 @@ def check_content(source: str, packed: Packed) -> None:
         index = packed.tensors[f"{name}.index"].numpy()
         size = module.shape[0] * module.shape[1] // (module.block or 1) ** 2
         if index.size and (index[0] < 0 or index[-1] >= size or (np.diff(index) <= 0).any()):
-            raise CorruptError(f"{source}: positions of {name} do not rise within 0..{size - 1}")
+            raise CorruptError(
+                f"{source}: positions of {cut(name)} do not rise within 0..{size - 1}"
+            )
 
 
 def changes_nothing(packed: Packed) -> bool:
     """Whether every update is zero: a scale of 0, an untrained B, values that are all 0."""
     parts = _PARTS[packed.kind] if packed.kind == "lora" else ("values",)
     return all(
-        module.scale == 0
-        or any(not packed.tensors[f"{name}.{part}"].numpy().any() for part in parts)
+        module.scale == 0 or any(_is_zero(packed.tensors[f"{name}.{part}"]) for part in parts)
         for name, module in packed.modules.items()
     )
+
+
+def _is_zero(tensor: RawTensor) -> bool:
+    zero = not tensor.numpy().any()
+    release(tensor.data)
+    return zero
 
 
 _TORCH_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -393,8 +446,8 @@ def write_files(directory: Path, files: Mapping[str, Iterable[bytes | memoryview
         raise
 
 
-def read_directory(directory: Path) -> Packed:
-    """Read an adaptlib directory."""
+def read_directory(directory: Path, *, writable: bool = True) -> Packed:
+    """Read an adaptlib directory. Tensors that are not `writable` take no memory to go through."""
     from library_store import Digest
 
     path = directory / MANIFEST_NAME
@@ -403,8 +456,10 @@ def read_directory(directory: Path) -> Packed:
     view = map_file(path)
     manifest = parse_manifest(str(path), view)
     parse_json(str(path), bytes(view))  # which also finds a key that is there twice
-    blob = map_file(directory / BLOB_NAME)
-    if (found := str(Digest.of(blob))) != manifest.blob.digest:
+    blob = map_file(directory / BLOB_NAME, writable=writable)
+    found = str(Digest.of(blob))
+    release(blob)
+    if found != manifest.blob.digest:
         raise CorruptError(
             f"{directory / BLOB_NAME} is not the file that {MANIFEST_NAME} was written for: its "
             f"digest is {found}, want {manifest.blob.digest:.80}"

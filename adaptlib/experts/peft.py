@@ -77,8 +77,9 @@ def read_peft_packed(
     *,
     base: str | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
+    writable: bool = True,
 ) -> Packed:
-    """The expert in a PEFT directory, as bytes.
+    """The expert in a PEFT directory, as bytes; see `read_directory` for `writable`.
 
     `base` is the id or path of the base model, in place of what the config names. `shapes` gives
     (d_out, d_in) by module, which only a SHiRA file with an unused last row or column needs;
@@ -94,7 +95,8 @@ def read_peft_packed(
     weights = _weights(directory)
     source = str(weights)
     kind = "lora" if isinstance(config, LoRAConfig) else "sparse"
-    parts, notes = sort_keys(source, read_tensors(source, map_file(weights)), kind)
+    tensors = read_tensors(source, map_file(weights, writable=writable))
+    parts, notes = sort_keys(source, tensors, kind)
 
     name, base_notes = _base(directory, config.base_model_name_or_path, base)
     revision = None if base_notes else config.revision

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from adaptlib.errors import BaseMismatchError, RefusedError, UsageError
-from adaptlib.experts.codec import Packed, assemble, parse_manifest
+from adaptlib.experts.codec import Packed, assemble, parse_manifest, parts_of
 from adaptlib.experts.damage import read_object, view_object
 from adaptlib.experts.projection import module_seed, sketch_lora, sketch_sparse
 from adaptlib.experts.segments import (
@@ -35,7 +35,7 @@ from adaptlib.experts.segments import (
     read_segments,
     write_segment,
 )
-from adaptlib.experts.tensors import RawTensor
+from adaptlib.experts.tensors import RawTensor, release
 from library_store import Digest
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def sketch_expert(packed: Packed, *, seed: int = SEED, side: int = SIDE) -> np.n
             index = packed.tensors[f"{name}.index"].numpy()
             values = floats(packed.tensors[f"{name}.values"])
             place[:] = sketch_sparse(index, values, module.shape, **options)
+        for part in parts_of(packed.kind):
+            release(packed.tensors[f"{name}.{part}"].data)
     return row.reshape(-1)
 
 

@@ -61,11 +61,11 @@ def _read_directory(directory: Path, base: str | None) -> Packed:
     if not directory.exists():
         raise NotFoundError(f"{directory} is not there", hint="or, on the hub: hf://org/repo")
     if (directory / MANIFEST_NAME).exists():
-        return read_directory(directory)
+        return read_directory(directory, writable=False)
     if (directory / PEFT_CONFIG).exists() or any(directory.glob("adapter_model.*")):
         from adaptlib.experts.peft import read_peft_packed
 
-        return read_peft_packed(directory, base=base)
+        return read_peft_packed(directory, base=base, writable=False)
     raise NotFoundError(
         f"{directory} holds no adapter: no {PEFT_CONFIG} (PEFT), no {MANIFEST_NAME} (adaptlib)",
         hint="give the directory that save_pretrained or adaptlib export wrote",

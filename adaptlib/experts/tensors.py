@@ -104,13 +104,28 @@ class Span(NamedTuple):
         return RawTensor(self.dtype, self.shape, view[self.begin : self.stop])
 
 
-def map_file(path: Path) -> memoryview:
-    """The bytes of a file, mapped, private and writable in memory (the file cannot change)."""
+def map_file(path: Path, *, writable: bool = True) -> memoryview:
+    """The bytes of a file, mapped, private and `writable` in memory (the file cannot change)."""
     with open_regular(path) as file:
         size = file.seek(0, 2)
         if size == 0:
             return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
+        return memoryview(mmap.mmap(file.fileno(), size, access=access))
+
+
+def release(view: memoryview) -> None:
+    """Give back the memory that looking at a part of a file has filled, where it is mapped and not
+    writable: whoever goes through a large file needs no more than its largest tensor. What is
+    looked at again is read again."""
+    mapped = view.obj
+    if not view.readonly or not isinstance(mapped, mmap.mmap) or not hasattr(mapped, "madvise"):
+        return
+    whole = np.frombuffer(mapped, np.uint8)
+    begin = np.frombuffer(view, np.uint8).ctypes.data - whole.ctypes.data if view.nbytes else 0
+    begin -= begin % mmap.PAGESIZE
+    if view.nbytes:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, min(view.nbytes, len(mapped) - begin))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -343,6 +358,7 @@ def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for name in order:
         yield tensors[name].data.cast("B") if tensors[name].data.nbytes else b""
+        release(tensors[name].data)
 
 
 def encoded_size(pieces: Iterable[bytes | memoryview]) -> int:

@@ -1,8 +1,10 @@
 """Safetensors: what we write is what safetensors writes, and what we read we have checked."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from adaptlib.errors import CorruptError, NotFoundError, RefusedError
 from adaptlib.experts.codec import to_raw, to_tensor
-from adaptlib.experts.tensors import encode, map_file, parse_json, read_tensors
+from adaptlib.experts.tensors import encode, map_file, parse_json, read_tensors, release
 from tests.tiny import entry, safetensors_bytes, same_tensor
 
 DTYPES = {
@@ -145,3 +147,34 @@ def test_json_is_strict() -> None:
     for text in ("NaN", "[Infinity]", "{", "", "\ufeff{}", "[" * 100_000):
         with pytest.raises(CorruptError, match=r"^f "):
             parse_json("f", text.encode())
+
+
+def test_what_is_released_is_read_again_and_takes_no_memory(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(40 * 1024 * 1024)
+    (tmp_path / "file").write_bytes(content)
+    view = map_file(tmp_path / "file", writable=False)
+    part = view[12_345:-6_789]
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    before = resident()
+    digest = hashlib.sha256(part).digest()
+    filled = resident()
+    release(part)
+    assert filled - before > 30_000 > resident() - before
+    assert (
+        hashlib.sha256(part).digest() == digest == hashlib.sha256(content[12_345:-6_789]).digest()
+    )
+
+
+def test_what_can_be_written_to_is_never_released(tmp_path: Path) -> None:
+    """It would lose what was written."""
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    view = map_file(tmp_path / "file")
+    view[5000] = 7
+    release(view)
+    assert view[5000] == 7
+    for other in (memoryview(bytes(10)), memoryview(bytearray(10)), memoryview(b"")):
+        release(other)
