@@ -272,7 +272,8 @@ def check_structure(source: str, packed: Packed) -> None:
         gate = packed.tensors.get(f"{name}.{GATE}")
         if gate is not None and (gate.dtype, gate.shape) != ("F32", (d_in,)):
             raise CorruptError(
-                f"{source}: the gate of {cut(name)} is {gate.dtype} {gate.shape}, want F32 {(d_in,)}"
+                f"{source}: the gate of {cut(name)} is {gate.dtype} {gate.shape}, want F32 "
+                f"{(d_in,)}"
             )
 
 
@@ -298,7 +299,8 @@ def check_content(source: str, packed: Packed) -> None:
         release(tensor.data)
         if not finite:
             raise RefusedError(
-                f"{source}: {cut(name)} holds NaN or infinity; routing to it would spoil every output",
+                f"{source}: {cut(name)} holds NaN or infinity; routing to it would spoil every "
+                "output",
                 hint="train it again, or take an earlier checkpoint",
             )
     if packed.kind != "sparse":

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptlib.errors import AdaptlibError, CorruptError
-from adaptlib.experts.names import PINS, RECORDS, RESERVED, children
+from adaptlib.errors import AdaptlibError, CorruptError, RefusedError
+from adaptlib.experts.names import PINS, RECORDS, RESERVED
+from adaptlib.experts.references import children
 from library_store import (
     Digest,
     ObjectCorrupt,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from adaptlib.experts.codec import Manifest
 
 REPAIR = "adaptlib verify --repair"
+MAX_OBJECT = 64 * 1024 * 1024  # bytes of what a name leads to
 _SHOWN = 6  # names in an error
 
 
@@ -32,8 +34,14 @@ _SHOWN = 6  # names in an error
 
 
 def read_object(store: Store, digest: Digest) -> bytes:
-    """The bytes of something that a name leads to. CorruptError says which experts need it."""
+    """The bytes of something that a name leads to. CorruptError says which experts need it;
+    RefusedError where it is too large to be a manifest or a record."""
     with _explained(store, digest):
+        if (size := store.size(digest)) > MAX_OBJECT:
+            raise RefusedError(
+                f"object {digest.short} has {size:,} bytes; at most {MAX_OBJECT:,} are read of "
+                "what a name leads to"
+            )
         return store.get(digest)
 
 

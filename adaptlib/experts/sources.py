@@ -1,13 +1,16 @@
 """What `add` takes: a directory, a place on the hub, or a value; read into an expert as bytes."""
 
+import errno
 import os
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptlib.errors import NotFoundError, RefusedError, UsageError
 from adaptlib.experts.codec import MANIFEST_NAME, Packed, pack, read_directory
+from adaptlib.experts.tensors import cut
 from library_store import InvalidName, Ref
 
 if TYPE_CHECKING:
@@ -41,14 +44,25 @@ def read_source(
         }
     else:
         directory = Path(os.path.expanduser(source))  # noqa: PTH111 -- raises on `~nobody`
+        _check_directory(directory)
         name = directory.resolve().name
     packed = _read_directory(directory, base)
-    notes = [str(note) for note in (packed.card.get("peft") or {}).get("migrated", ())]
+    notes: list[str] = []
+    if not (directory / MANIFEST_NAME).exists():  # or a stranger's card would speak in our name
+        notes += (packed.card.get("peft") or {}).get("migrated", ())
     return replace(packed, card=dict(packed.card) | origin), slug(name.rsplit("/", 1)[-1]), notes
 
 
-def _read_directory(directory: Path, base: str | None) -> Packed:
-    if directory.is_file():
+def _check_directory(directory: Path) -> None:
+    try:
+        mode = os.stat(directory).st_mode  # noqa: PTH116 -- a Path's questions raise for some names
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        mode = 0
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        mode = 0
+    if stat.S_ISREG(mode):
         if directory.suffix.lower() in PICKLES:
             raise RefusedError(
                 f"{directory} is a pickle file; loading it can run code",
@@ -58,8 +72,13 @@ def _read_directory(directory: Path, base: str | None) -> Packed:
             f"{directory} is a file; add takes the directory of an adapter",
             hint=f"adaptlib add {directory.parent}",
         )
-    if not directory.exists():
-        raise NotFoundError(f"{directory} is not there", hint="or, on the hub: hf://org/repo")
+    if not stat.S_ISDIR(mode):
+        what = "is no directory" if mode else "is not there"
+        shown = cut(str(directory), 200)
+        raise NotFoundError(f"{shown} {what}", hint="or, on the hub: hf://org/repo")
+
+
+def _read_directory(directory: Path, base: str | None) -> Packed:
     if (directory / MANIFEST_NAME).exists():
         return read_directory(directory, writable=False)
     if (directory / PEFT_CONFIG).exists() or any(directory.glob("adapter_model.*")):

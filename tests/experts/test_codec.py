@@ -113,7 +113,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rank": (lambda d: d["modules"]["layers.0.q"].update(rank=3), "does not go"),
     "no rank": (lambda d: d["modules"]["layers.0.q"].pop("rank"), "does not go"),
     "shape": (lambda d: d["modules"]["layers.0.q"].update(shape=[5, 3]), "does not go"),
-    "negative shape": (lambda d: d["modules"]["layers.0.q"].update(shape=[-3, 5]), "does not go"),
+    "negative shape": (
+        lambda d: d["modules"]["layers.0.q"].update(shape=[-3, 5]),
+        "Expected `int` >= 0",
+    ),
     "shape of three": (lambda d: d["modules"]["layers.0.q"].update(shape=[3, 5, 1]), "length"),
     "no scale": (lambda d: d["modules"]["layers.0.q"].pop("scale"), "does not go"),
     "scale is text": (lambda d: d["modules"]["layers.0.q"].update(scale="1"), "scale"),
