@@ -35,6 +35,7 @@ class Plan:
     """What a collection would do. `victims` are (digest, modified in ns), parents first."""
 
     refs: dict[Ref, Digest]
+    named: datetime  # what a log says had a name since stays
     marked: frozenset[Digest]
     victims: tuple[tuple[Digest, int], ...]
     sizes: dict[Digest, int]
@@ -79,6 +80,14 @@ def plan(
         raise GcAborted(f"nothing was removed: {error}", hint=_CHECK) from error
 
 
+def is_current(store: Store, plan: Plan) -> bool:
+    """Whether the refs are where they were, and no log names what the plan does not keep."""
+    try:
+        return store.refs() == plan.refs and _logged(store, plan.named) <= plan.marked
+    except (OSError, RefCorrupt):  # what that means, a new plan says
+        return False
+
+
 def _plan(
     store: Store,
     children: Children,
@@ -120,6 +129,7 @@ def _plan(
     victims = _parents_first(store, children, sorted(set(modified) - marked))
     return Plan(
         refs=refs,
+        named=named,
         marked=frozenset(marked),
         victims=tuple((digest, modified[digest]) for digest in victims),
         sizes={digest: store.size(digest) for digest in victims},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from library_store import _files
-from library_store._objects import set_aside
+from library_store._objects import keep_aside, set_aside
 from library_store._refs import RefFiles
 from library_store.digest import Digest
 from library_store.errors import RefCorrupt
@@ -51,7 +51,7 @@ def _mend_log(path: Path, root: Path, where: str) -> str | None:
         return None
     temp = _files.temporary(root / "tmp")
     _files.write_synced(temp, [line + b"\n" for line in kept], mode=0o666)
-    set_aside(path, root, where.replace("/", "~"))
+    keep_aside(path, root, where.replace("/", "~"))  # so that there is a log at every moment
     _files.replace(temp, path)
     _files.fsync_directory(path.parent)
     return f"{where}: kept {len(kept)} of {len(lines)} lines; moved the file to quarantine/"

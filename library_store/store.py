@@ -200,7 +200,7 @@ class Store(ABC):
         if dry_run:
             return GcResult(None, plan.removed, plan.size(plan.removed), plan.kept)
         with self._exclusive():
-            if self.refs() != plan.refs:
+            if not _collect.is_current(self, plan):
                 plan = _collect.plan(self, children, **options)
             gc_id = _collect.new_id(now)
             self._purge(now)
