@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": "bench:bench",
     "doctor": "doctor:doctor",
     "schema": "schema:schema",
+    "completion": "completion:completion",
 }
 ALIASES = {"ls": "list", "remove": "rm"}
 
@@ -41,8 +42,9 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def examples(name: str) -> tuple[str, ...]:
-    """The examples of a command's help."""
-    return sys.modules[load(name).__module__].EXAMPLES
+    """The examples of a command's help. A module of several commands has them by name."""
+    found = sys.modules[load(name).__module__].EXAMPLES
+    return found[name] if isinstance(found, dict) else found
 
 
 def asked(arguments: list[str]) -> str | None:

@@ -1,7 +1,7 @@
 """The entry point: commands by name, errors as sentences and exit codes.
 
 0 ok   1 failed   2 usage   3 not found   4 corrupt   5 conflict or locked   6 remote
-7 refused as unsafe or unsupported   130 interrupted
+7 refused as unsafe or unsupported   130 interrupted   141 a broken pipe   143 terminated
 """
 
 import os
@@ -9,20 +9,25 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Annotated
 
-from .commands import ALIASES, COMMANDS, asked, examples, load
+from .commands import ALIASES, asked, load
 
 if TYPE_CHECKING:
     import typer
 
 
 def application(*names: str) -> "typer.Typer":
-    """The command line with these commands."""
+    """The command line with these commands; the help of all is there without them."""
     import typer
+
+    from .help import Command, Commands
 
     app = typer.Typer(
         name="adaptlib",
+        cls=Commands,
+        add_completion=False,
         help="Train, keep, group, merge and route the adapters of a language model.",
-        epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route.",
+        epilog="Start with: adaptlib init --demo, then adaptlib list, cluster and route. "
+        "Of one command: adaptlib help COMMAND.",
         invoke_without_command=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -42,23 +47,30 @@ def application(*names: str) -> "typer.Typer":
             raise typer.Exit(2)
 
     for name in names:
-        lines = "\n".join(f"  {line}" for line in examples(name))
-        app.command(name, epilog=f"\b\nExamples:\n{lines}")(load(name))
+        app.command(name, cls=Command)(load(name))
     for alias, name in ALIASES.items():
         if name in names:
-            app.command(alias, hidden=True)(load(name))
+            app.command(alias, hidden=True, cls=Command)(load(name))
     return app
 
 
 def run() -> None:
     """Run the command line; the process ends here."""
-    sys.exit(invoke(sys.argv[1:]))
+    from .streams import guarded
+
+    sys.exit(guarded(lambda: invoke(sys.argv[1:])))
 
 
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     if arguments == ["--version"]:
         return _version()
+    if arguments[:1] == ["__complete"]:
+        from .complete import respond
+
+        return respond(arguments[1:])
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     from adaptlib.errors import AdaptlibWarning
 
     with warnings.catch_warnings():
@@ -77,24 +89,27 @@ def _version() -> int:
 def _invoke(arguments: list[str]) -> int:
     import typer
 
+    from .streams import broken, stopped
+
     try:
         name = asked(arguments)
-        app = application(name) if name else application(*COMMANDS)
-        result = typer.main.get_command(app).main(
-            args=arguments, prog_name="adaptlib", standalone_mode=False
-        )
+        app = application(name) if name else application()
+        command = typer.main.get_command(app)
+        # Not its `main`, which makes exit codes of its own from signals and broken pipes.
+        code = 0
+        try:
+            with command.make_context("adaptlib", [*arguments]) as context:
+                command.invoke(context)
+        except typer.Exit as done:
+            code = done.exit_code
         sys.stdout.flush()
-        if result == 130:  # what typer makes of KeyboardInterrupt
-            raise KeyboardInterrupt
-        return result if isinstance(result, int) else 0
+        return code
     except typer.TyperException as error:
         return _usage(error, arguments)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("Interrupted\n")
-        return 130
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return stopped(error)
     except (BrokenPipeError, SystemExit):  # typer and rich exit where a pipe is broken
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return broken()
     except Exception as error:  # the one place that turns errors into words
         if os.environ.get("ADAPTLIB_DEBUG"):
             raise
@@ -102,10 +117,9 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _usage(error: "typer.TyperException", arguments: list[str]) -> int:
-    message = error.format_message()
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "adaptlib"
-    _say(2, message.rstrip("."), f"{path} --help", arguments)
+    from .usage import wrong
+
+    _say(2, *wrong(error), arguments)
     return 2
 
 

@@ -7,12 +7,10 @@ import typer
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption
 
-EXAMPLES = (
-    "adaptlib pin sql",
-    "adaptlib pin sql:v1 --label paper",
-    "adaptlib unpin paper",
-    "adaptlib pin",
-)
+EXAMPLES = {
+    "pin": ("adaptlib pin sql", "adaptlib pin sql:v1 --label paper", "adaptlib pin"),
+    "unpin": ("adaptlib unpin paper", "adaptlib unpin $(adaptlib pin -q)"),
+}
 
 
 def pin(

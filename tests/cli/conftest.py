@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from adaptlib.cli import commands, pages
 from adaptlib.cli.main import invoke
 
 from adaptlib.experts import Expert, Library
@@ -38,7 +39,7 @@ def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., Result]:
     """Runs one command on the library in `tmp_path/library`, from within `tmp_path`. What --json
-    prints is held to its schema."""
+    prints is held to its schema, and the exit code to those that its help speaks of."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTLIB_LIBRARY", str(tmp_path / "library"))
 
@@ -46,6 +47,9 @@ def run(
         capsys.readouterr()
         code = invoke([str(word) for word in words])
         result = Result(code, *capsys.readouterr())
+        name = commands.asked([str(word) for word in words[:1]])
+        if name is not None:
+            assert code in (*pages.ANY, *pages.PAGES[name].exits), (name, result)
         if "--json" in words:
             documents.check_output(result.out, result.err)
         return result
