@@ -31,14 +31,13 @@ from adaptlib.experts.index import Summary
 from adaptlib.experts.names import (
     PINS,
     Move,
-    blob_sizes,
-    children,
     expert_ref,
     move_ref,
     move_refs,
     pin_ref,
 )
 from adaptlib.experts.pinning import pinned
+from adaptlib.experts.references import blob_sizes, children
 from adaptlib.experts.sources import read_source
 from library_store import (
     Digest,

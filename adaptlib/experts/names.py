@@ -1,42 +1,15 @@
-"""Which names a library takes, and what its objects refer to."""
+"""Which names a library takes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from adaptlib.errors import ConflictError, UsageError
-from adaptlib.experts.codec import SCHEMA
-from adaptlib.experts.tensors import parse_json
 from library_store import Digest, InvalidName, Ref, RefConflict, Store
 
 RECORDS = ("clusterings", "routers")
 PINS = "pins"
 RESERVED = (*RECORDS, PINS)  # first parts of names that are kept for what is no expert
-
-
-def children(_: Digest, data: bytes) -> Iterator[Digest]:
-    """What a kept object refers to: a manifest its blob, a record its experts and its tensors, a
-    blob nothing."""
-    if not data.startswith(b'{"') or b"\0" in data[:8]:
-        return
-    document = parse_json("object", data)
-    if document.get("schema") == SCHEMA:
-        yield Digest.parse(document["blob"]["digest"])
-    elif isinstance(document.get("experts"), dict):
-        for digest in document["experts"].values():
-            yield Digest.parse(digest)
-        if "tensors" in document:
-            yield Digest.parse(document["tensors"])
-
-
-def blob_sizes(_: Digest, data: bytes) -> dict[Digest, int]:
-    """What a manifest says of the size of its blob; nothing for any other object."""
-    if not data.startswith(b'{"') or b"\0" in data[:8]:
-        return {}
-    document = parse_json("object", data)
-    if document.get("schema") != SCHEMA:
-        return {}
-    return {Digest.parse(document["blob"]["digest"]): int(document["blob"]["size"])}
 
 
 def record_ref(kind: str, name: str) -> Ref:
