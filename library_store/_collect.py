@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from graphlib import TopologicalSorter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from library_store.digest import Digest
 from library_store.errors import GcAborted, ObjectNotFound, RefCorrupt
 from library_store.names import Ref
-from library_store.records import Children, LogEntry
+from library_store.records import Children, LogEntry, Sizes
 
 if TYPE_CHECKING:
     from library_store.store import Store
@@ -49,6 +49,54 @@ class Plan:
         return sum(self.sizes[digest] for digest in digests)
 
 
+@final
+class _Marks:
+    """Objects that were reached by following others. `found` are all of them.
+
+    `sizes` tells which children are leaves: these refer to nothing, so no blob is read to see what
+    it refers to. What is a leaf to one object and a child to another is followed.
+    """
+
+    def __init__(self, store: Store, children: Children, sizes: Sizes | None) -> None:
+        self._store = store
+        self._children = children
+        self._sizes = sizes
+        self._followed: set[Digest] = set()
+        self.found: set[Digest] = set()
+
+    def follow(
+        self, starts: Iterable[Digest], *, whole: bool = False, may_lack: bool = False
+    ) -> None:
+        """Find all that `starts` reach. What cannot be followed is a GcAborted, unless it is gone
+        and `may_lack`. `whole`: `starts` are read whatever their size."""
+        waiting = [(digest, False) for digest in starts]
+        roots = {digest for digest, _ in waiting} if whole else set()
+        while waiting:
+            digest, leaf = waiting.pop()
+            if digest in self._followed or (leaf and digest in self.found):
+                continue
+            self.found.add(digest)
+            try:
+                if leaf:
+                    self._store.size(digest)  # it must be there
+                else:
+                    self._followed.add(digest)
+                    waiting.extend(self.below(digest, whole=digest in roots))
+            except Exception as error:  # `children` is the caller's, and may raise anything
+                if isinstance(error, ObjectNotFound) and may_lack and digest not in self._store:
+                    continue
+                message = f"nothing was removed: object {digest.short} cannot be followed: {error}"
+                raise GcAborted(message, hint=_CHECK) from error
+
+    def below(self, digest: Digest, *, whole: bool = False) -> list[tuple[Digest, bool]]:
+        """What an object refers to, from its checked bytes, and whether it is a leaf."""
+        if not whole and self._store.size(digest) > PARENT_LIMIT:
+            return []
+        data = self._store.get(digest)
+        leaves = self._sizes(digest, data) if self._sizes else {}
+        return [(child, child in leaves) for child in self._children(digest, data)]
+
+
 def new_id(now: datetime) -> str:
     """A name for one collection, which tells its time."""
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
@@ -67,15 +115,17 @@ def plan(
     store: Store,
     children: Children,
     *,
+    sizes: Sizes | None,
     grace: timedelta,
     history: timedelta,
     now: datetime,
     allow_empty: bool,
 ) -> Plan:
     """Mark what stays, order what goes. Raises GcAborted, and so does anything unreadable."""
+    marks = _Marks(store, children, sizes)
     young, named = now - grace, now - max(grace, history)
     try:
-        return _plan(store, children, young=young, named=named, now=now, allow_empty=allow_empty)
+        return _plan(store, marks, young=young, named=named, now=now, allow_empty=allow_empty)
     except (OSError, ObjectNotFound, RefCorrupt) as error:
         raise GcAborted(f"nothing was removed: {error}", hint=_CHECK) from error
 
@@ -90,7 +140,7 @@ def is_current(store: Store, plan: Plan) -> bool:
 
 def _plan(
     store: Store,
-    children: Children,
+    marks: _Marks,
     *,
     young: datetime,
     named: datetime,
@@ -116,59 +166,27 @@ def _plan(
                 hint="set the clock",
             )
 
-    marked: set[Digest] = set()
-    roots = frozenset(refs.values())
-    _mark(store, children, roots, marked, roots=roots, may_lack=False)
+    marks.follow(refs.values(), whole=True)
     # What only a log or its youth protects may have lost parts already: to an earlier collection
     # with less of either, or to a quarantine. There is nothing left to protect in what is gone.
-    _mark(store, children, _logged(store, named), marked, roots=roots, may_lack=True)
+    marks.follow(_logged(store, named), may_lack=True)
     youngest = int(young.timestamp() * _NS)
-    recent = (digest for digest, when in modified.items() if when > youngest)
-    _mark(store, children, recent, marked, roots=roots, may_lack=True)
+    recent = [digest for digest, when in modified.items() if when > youngest]
+    for digest in sorted(
+        recent, key=store.size
+    ):  # the small ones say which of the large are leaves
+        if digest not in marks.found:
+            marks.follow([digest], may_lack=True)
 
-    victims = _parents_first(store, children, sorted(set(modified) - marked))
+    victims = _parents_first(store, marks, sorted(set(modified) - marks.found))
     return Plan(
         refs=refs,
         named=named,
-        marked=frozenset(marked),
+        marked=frozenset(marks.found),
         victims=tuple((digest, modified[digest]) for digest in victims),
         sizes={digest: store.size(digest) for digest in victims},
         kept=len(modified) - len(victims),
     )
-
-
-def _mark(
-    store: Store,
-    children: Children,
-    starts: Iterable[Digest],
-    marked: set[Digest],
-    *,
-    roots: frozenset[Digest],
-    may_lack: bool,
-) -> None:
-    """Add to `marked` all that `starts` reach. What cannot be followed is a GcAborted."""
-    waiting = list(starts)
-    while waiting:
-        digest = waiting.pop()
-        if digest in marked:
-            continue
-        marked.add(digest)
-        try:
-            waiting.extend(children_of(store, digest, children, whole=digest in roots))
-        except Exception as error:  # `children` is the caller's, and may raise anything
-            if isinstance(error, ObjectNotFound) and may_lack and digest not in store:
-                continue
-            message = f"nothing was removed: object {digest.short} cannot be followed: {error}"
-            raise GcAborted(message, hint=_CHECK) from error
-
-
-def children_of(
-    store: Store, digest: Digest, children: Children, *, whole: bool
-) -> tuple[Digest, ...]:
-    """What an object refers to, from its checked bytes. `whole`: read it whatever its size."""
-    if not whole and store.size(digest) > PARENT_LIMIT:
-        return ()
-    return tuple(children(digest, store.get(digest)))
 
 
 def _logged(store: Store, cutoff: datetime) -> set[Digest]:
@@ -186,17 +204,19 @@ def _logged(store: Store, cutoff: datetime) -> set[Digest]:
     return {digest for digest in found if digest is not None}
 
 
-def _parents_first(store: Store, children: Children, victims: list[Digest]) -> list[Digest]:
+def _parents_first(store: Store, marks: _Marks, victims: list[Digest]) -> list[Digest]:
     """Order victims so that a crash in the middle leaves no object that lacks its children."""
-    going = set(victims)
-    graph: TopologicalSorter[Digest] = TopologicalSorter()
-    for digest in victims:
-        graph.add(digest)
+    graph: TopologicalSorter[Digest] = TopologicalSorter(dict.fromkeys(victims, ()))
+    going, leaves = set(victims), set()
+    for digest in sorted(victims, key=store.size):
+        if digest in leaves:
+            continue
         try:
-            below = children_of(store, digest, children, whole=False)
+            below = marks.below(digest)
         except Exception:  # garbage that nobody can read: it has no order to keep
             continue
-        for child in below:
+        for child, leaf in below:
             if child in going and child != digest:
                 graph.add(child, digest)
+                leaves |= {child} if leaf else set()
     return list(graph.static_order())

@@ -177,6 +177,7 @@ class Store(ABC):
         self,
         children: Children,
         *,
+        sizes: Sizes | None = None,
         grace: timedelta = DAY,
         history: timedelta = TWO_WEEKS,
         dry_run: bool = False,
@@ -192,10 +193,12 @@ class Store(ABC):
         off.
 
         An object of more than PARENT_LIMIT bytes that no ref points to is never asked for its
-        children, so that collecting does not read every blob.
+        children, and neither is one that `sizes` has the size of: it refers to nothing. So
+        collecting does not read every blob.
         """
         now = datetime.now(UTC) if now is None else now
         options = {"grace": grace, "history": history, "now": now, "allow_empty": allow_empty}
+        options |= {"sizes": sizes}
         plan = _collect.plan(self, children, **options)
         if dry_run:
             return GcResult(None, plan.removed, plan.size(plan.removed), plan.kept)

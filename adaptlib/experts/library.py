@@ -256,6 +256,10 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         pairs = list(zip(prepared, kept, strict=True))
         moves = [Move(p.ref, p.before, Digest.parse(a.digest), "add") for p, a in pairs if a.new]
         move_refs(self.store, moves)
+        for one, added in pairs:
+            # What had no name yet may have gone to a collection with hardly any grace.
+            if Digest.parse(added.manifest.blob.digest) not in self.store:
+                self.store.put(one.packed.blob())
         if self.path:
             summaries = {added.digest: Summary.of(added.manifest) for added in kept}
             index.write(self.path / "index.db", summaries)
@@ -293,6 +297,9 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         }
         if not victims:
             self.digest(name)  # raises, with the nearest names
+            raise ConflictError(
+                f"{name} was made by another process just now", hint="look again: adaptlib list"
+            )
         return victims
 
     def rename(self, old: str, new: str) -> str:
@@ -390,7 +397,12 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         put within `grace`. Without `allow_empty`, a library that has lost all its names is left
         alone."""
         return self.store.gc(
-            children, grace=grace, history=history, dry_run=dry_run, allow_empty=allow_empty
+            children,
+            sizes=blob_sizes,
+            grace=grace,
+            history=history,
+            dry_run=dry_run,
+            allow_empty=allow_empty,
         )
 
     def pin(self, name: str, label: str | None = None) -> tuple[str, str]:

@@ -200,6 +200,36 @@ def test_big_objects_are_leaves_unless_a_ref_points_to_them(
     assert max(asked) == store.size(top) > 200
 
 
+def test_leaves_are_never_read_and_stay_with_what_refers_to_them(store, children, parent, later):
+    """A manifest says which of its children is a blob. One that another object refers to as more
+    than that is followed all the same."""
+    low, blob = store.put(b"low"), store.put(b"blob" * 100)
+    middle = store.put(parent(low, blob))
+    top = store.put(parent(middle))
+    liar = store.put(parent(middle, salt="says that it is a leaf"))
+    for ref, digest in {"top": top, "liar": liar}.items():
+        store.move(Ref(ref), digest, expect=None)
+    gone = store.put(parent(store.put(b"junk" * 100)))
+    said = {liar: {middle: 1}, middle: {blob: 400}, gone: {Digest.of(b"junk" * 100): 400}}
+    asked = []
+
+    def ask(digest, data):
+        asked.append(digest)
+        return children(digest, data)
+
+    result = store.gc(ask, sizes=lambda digest, data: said.get(digest, {}), now=later)
+    assert result.removed == (gone, Digest.of(b"junk" * 100))
+    assert set(asked) == {top, liar, middle, low, gone}
+    assert store.verify(children).ok
+
+
+def test_a_leaf_that_is_gone_aborts(store, children, parent, later):
+    lost = Digest.of(b"lost")
+    store.move(SQL, store.put(parent(lost)), expect=None)
+    with pytest.raises(GcAborted, match=lost.short):
+        store.gc(children, sizes=lambda *_: {lost: 4}, now=later)
+
+
 # --- closed when in doubt ---
 
 
