@@ -1,32 +1,52 @@
 """What the objects of a library refer to."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import msgspec
+
+from adaptlib.errors import CorruptError
 from adaptlib.experts.codec import SCHEMA
-from adaptlib.experts.tensors import parse_json
 from library_store import Digest
 
 
-def children(_: Digest, data: bytes) -> Iterator[Digest]:
+class _Document(msgspec.Struct):
+    """What matters here of a manifest or a record; the rest is passed over."""
+
+    schema: Any = None
+    blob: Any = None
+    experts: Any = None
+    tensors: Any = None
+
+
+_DECODE = msgspec.json.Decoder(_Document).decode
+
+
+def children(digest: Digest, data: bytes) -> Iterator[Digest]:
     """What a kept object refers to: a manifest its blob, a record its experts and its tensors, a
     blob nothing."""
-    if not data.startswith(b'{"') or b"\0" in data[:8]:
-        return
-    document = parse_json("object", data)
-    if document.get("schema") == SCHEMA:
-        yield Digest.parse(document["blob"]["digest"])
-    elif isinstance(document.get("experts"), dict):
-        for digest in document["experts"].values():
-            yield Digest.parse(digest)
-        if "tensors" in document:
-            yield Digest.parse(document["tensors"])
+    document = _document(digest, data)
+    if document.schema == SCHEMA:
+        yield Digest.parse(document.blob["digest"])
+    elif isinstance(document.experts, dict):
+        for text in document.experts.values():
+            yield Digest.parse(text)
+        if document.tensors is not None:
+            yield Digest.parse(document.tensors)
 
 
-def blob_sizes(_: Digest, data: bytes) -> dict[Digest, int]:
+def blob_sizes(digest: Digest, data: bytes) -> dict[Digest, int]:
     """What a manifest says of the size of its blob; nothing for any other object."""
+    document = _document(digest, data)
+    if document.schema != SCHEMA:
+        return {}
+    return {Digest.parse(document.blob["digest"]): int(document.blob["size"])}
+
+
+def _document(digest: Digest, data: bytes) -> _Document:
     if not data.startswith(b'{"') or b"\0" in data[:8]:
-        return {}
-    document = parse_json("object", data)
-    if document.get("schema") != SCHEMA:
-        return {}
-    return {Digest.parse(document["blob"]["digest"]): int(document["blob"]["size"])}
+        return _Document()
+    try:
+        return _DECODE(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptError(f"{digest.short} is no manifest and no record: {error}") from error
