@@ -144,11 +144,21 @@ def create_exclusive(path: Path, data: bytes) -> None:
         _close(fd)
 
 
+def length_of_lines(data: bytes) -> int:
+    """How long a file of lines is without the append that a crash cut short.
+
+    That has no newline at its end, or zeros where a part of it never got to the disk.
+    """
+    end = data.rfind(b"\n") + 1
+    last = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
+    return last if b"\0" in data[last:end] else end
+
+
 def append_synced(path: Path, line: bytes) -> None:
     """Add a line to a file and force it to the disk; all of it, or none of it.
 
-    A tail without a newline is an earlier append that a crash cut short: it is cut off first, so
-    that it cannot glue itself to this line.
+    A tail that is no whole line is an earlier append that a crash cut short: it is cut off first,
+    so that it cannot glue itself to this line, not even where only a part of this is written.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(path, flags, 0o666)
@@ -159,6 +169,7 @@ def append_synced(path: Path, line: bytes) -> None:
         end = _end_of_last_line(fd, found.st_size)
         if end != found.st_size:
             os.ftruncate(fd, end)
+            _sync(fd)
         try:
             _write_all(fd, line)
             _sync(fd)
@@ -170,7 +181,11 @@ def append_synced(path: Path, line: bytes) -> None:
 
 
 def publish(temp: Path, path: Path) -> None:
-    """Give a finished temporary file its name. Raises FileExistsError, and then `temp` stays."""
+    """Give a finished temporary file a name. Raises FileExistsError.
+
+    `temp` is for the caller to remove, once the name is durable: before, a power cut could take
+    both names. Without hard links it is gone already.
+    """
     try:
         os.link(temp, path)
     except OSError as error:
@@ -181,8 +196,6 @@ def publish(temp: Path, path: Path) -> None:
         if status(path) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.rename(temp, path)
-    else:
-        remove(temp)
 
 
 def link(path: Path, second: Path) -> bool:
@@ -205,8 +218,11 @@ def replace(source: Path, target: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Set a file's time to now."""
+    """Set a file's time to now; durable on return."""
+    # By path and not by descriptor: one that was just moved away must not be taken for this one.
     os.utime(path, follow_symlinks=False)
+    with _opened(path) as (fd, _):
+        _sync(fd)
 
 
 def remove(path: Path) -> None:
@@ -275,6 +291,14 @@ def fsync_up(path: Path, *, base: Path) -> None:
         path = path.parent
 
 
+def fsync_to_top(path: Path) -> None:
+    """Sync `path` and every directory above it, except those that only others may read."""
+    fsync_directory(path)
+    for above in path.parents:
+        with suppress(PermissionError):
+            fsync_directory(above)
+
+
 # --- below --------------------------------------------------------------------------------------
 
 
@@ -329,14 +353,12 @@ def _sync(fd: int) -> None:
 
 
 def _end_of_last_line(fd: int, size: int) -> int:
-    end = size
-    while end > 0:
-        start = max(0, end - 4096)
-        newline = os.pread(fd, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
+    tail, start = b"", size
+    while start > 0 and tail.count(b"\n") < 2:
+        begin = max(0, start - 4096)
+        tail = os.pread(fd, start - begin, begin) + tail
+        start = begin
+    return start + length_of_lines(tail)
 
 
 def _kind_of_entry(entry: os.DirEntry[str]) -> Kind:

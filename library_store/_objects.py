@@ -69,6 +69,7 @@ class ObjectFiles:
                 keep_aside(path, self.root, digest.hex)
             _files.replace(temp, path)
         _files.fsync_up(path.parent, base=self.directory)
+        _files.remove(temp)
 
     def get(self, digest: Digest) -> bytes:
         """See Store.get."""

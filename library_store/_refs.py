@@ -64,6 +64,13 @@ class RefFiles:
             raise
         self._sync_up(path.parent)
 
+    def settle(self, ref: Ref) -> None:
+        """Make durable where `ref` is: whoever moved it there may have been killed before that."""
+        directory = self._path(ref).parent
+        while _files.status(directory) is None:
+            directory = directory.parent
+        self._sync_up(directory)
+
     def scan(self) -> tuple[dict[Ref, Digest], list[Problem]]:
         """Every ref, sorted, and every file that is none."""
         found: dict[Ref, Digest] = {}
@@ -106,7 +113,7 @@ class RefFiles:
             return []
         except _files.NotRegularError as error:
             raise RefCorrupt(f"{path} is not a file", hint=f"move {path} aside") from error
-        return decode_log(data, source=str(path))
+        return decode_log(data[: _files.length_of_lines(data)], source=str(path))
 
     def log_names(self) -> list[str]:
         """The names that have a log. Raises OSError or RefCorrupt."""

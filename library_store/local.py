@@ -70,14 +70,16 @@ class LocalStore(Store):
         for name in (*DIRECTORIES, "objects/sha256"):
             _files.make_directories(root / name, base=root)
         _files.fsync_directory(root / "objects")
+        _files.fsync_to_top(root)  # FORMAT says that all of this is there
         temp = _files.temporary(root / "tmp")
         _files.write_synced(temp, [FORMAT], mode=0o444)
         try:
             _files.publish(temp, root / "FORMAT")
         except FileExistsError:
-            _files.remove(temp)
             raise StoreExists(f"{root} was made a store by another process just now") from None
-        _files.fsync_up(root, base=root.parent)
+        finally:
+            _files.remove(temp)
+        _files.fsync_directory(root)
         return store
 
     @classmethod
@@ -143,6 +145,7 @@ class LocalStore(Store):
                 message = f"{ref} is {_where(old)}, not {_where(expect)}"
                 raise RefConflict(message, hint="read it again, then retry")
             if new == old:
+                self._refs.settle(ref)
                 return
             lock.confirm()
             try:
