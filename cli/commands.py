@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": "eval:evaluate",
     "bench": "bench:bench",
     "doctor": "doctor:doctor",
+    "config": "config:config",
     "schema": "schema:schema",
     "completion": "completion:completion",
 }
@@ -49,6 +50,11 @@ def examples(name: str) -> tuple[str, ...]:
 
 def asked(arguments: list[str]) -> str | None:
     """The command that these arguments run, where that is clear; else None, for all of them."""
-    words = [word for word in arguments if not word.startswith("-")]
+    before = ["", *arguments]  # of each word the one before: --color takes one
+    words = [
+        word
+        for word, last in zip(arguments, before, strict=False)
+        if not word.startswith("-") and last != "--color"
+    ]
     name = ALIASES.get(words[0], words[0]) if words else None
     return name if name in COMMANDS else None

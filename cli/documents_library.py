@@ -141,6 +141,7 @@ class Check(Part):
     name: str
     status: Literal["ok", "warn", "fail"]
     detail: str
+    hint: str | UnsetType | None = UNSET
 
 
 class Doctor(Document, tag="adaptlib.doctor/1"):

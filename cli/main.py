@@ -38,6 +38,13 @@ def application(*names: str) -> "typer.Typer":
     def root(
         context: typer.Context,
         version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+        color: Annotated[
+            str | None,
+            typer.Option(metavar="auto|always|never", help="Colours; on a terminal if not said."),
+        ] = None,
+        no_config: Annotated[
+            bool, typer.Option("--no-config", help="Leave out the files of settings.")
+        ] = False,
     ) -> None:
         """Train, keep, group, merge and route the adapters of a language model."""
         if version:
@@ -45,6 +52,10 @@ def application(*names: str) -> "typer.Typer":
         elif context.invoked_subcommand is None:
             sys.stderr.write(context.get_help() + "\n")
             raise typer.Exit(2)
+        else:
+            from .settings import apply
+
+            apply(context, color=color, no_config=no_config)
 
     for name in names:
         app.command(name, cls=Command)(load(name))

@@ -22,6 +22,7 @@ CODES: Final = {
 ANY: Final = (0, 1, 2, 130, 141, 143)  # what every command can end with
 VARIABLES: Final = {
     "ADAPTLIB_LIBRARY": "the library, where --library does not say",
+    "ADAPTLIB_NO_CONFIG": "1 leaves files of settings unread",
     "ADAPTLIB_DEBUG": "1 shows a traceback for an error, and warnings of other packages",
     "NO_COLOR": "no colours, whatever else is said",
     "FORCE_COLOR": "colours in a pipe, too; CLICOLOR_FORCE is the same",
@@ -209,6 +210,14 @@ PAGES: Final = {
         "Look at this machine and at the library.",
         {1: "a check failed"},
         ("verify",),
+    ),
+    "config": Page(
+        CARE,
+        "List settings and where each comes from; change them.",
+        {3: "the file does not set that"},
+        ("list", "doctor"),
+        "Reads the nearest .adaptlib.toml upwards, or [tool.adaptlib] of a pyproject.toml, and "
+        "config.toml in the user's configuration directory; set and unset write one of them.",
     ),
     "schema": Page(
         CARE, "Print the JSON Schemas of --json.", {3: "there is no such schema"}, ("list",)

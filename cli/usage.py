@@ -8,6 +8,7 @@ from .suggest import near
 if TYPE_CHECKING:
     import typer
 
+FIRST = {"--color": "--color never", "--no-config": "--no-config"}
 EVERYWHERE = ("--json", "--library", "--quiet", "-L", "-q")  # options of every command
 
 
@@ -22,6 +23,8 @@ def wrong(error: "typer.TyperException") -> tuple[str, str]:
     if option is not None and type(error).__name__ == "NoSuchOption":
         if command not in COMMANDS and option in EVERYWHERE:
             return f"{option} comes after the command", f"adaptlib list {option}"
+        if command in COMMANDS and option in FIRST:
+            return f"{option} comes before the command", f"adaptlib {FIRST[option]} {command} ..."
         return f"No such option {option}{near(option, _options(context))}", hint
     if command in COMMANDS and type(error).__name__ == "MissingParameter":
         from .commands import examples

@@ -4,9 +4,12 @@ Nothing here imports torch or NumPy, since a shell waits for it at each press of
 a registry holds are said here once more, and a test holds them to it.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from library_store.digest import Digest
 
 if TYPE_CHECKING:
     from adaptlib.experts.catalog import Catalog
@@ -57,6 +60,13 @@ class Library:
             if name.startswith(first)
         }
 
+    def records(self, kind: str) -> dict[str, Any]:
+        """The saved results themselves. Read without the checks of `load_record`, which imports
+        NumPy: what is wrong with one is said when it is used."""
+        store = self.catalog().store
+        found = self.names(start=kind)
+        return {name: json.loads(store.get(Digest(hexa))) for name, hexa in found.items()}
+
 
 def words(*known: str) -> Source:
     """These words."""
@@ -95,11 +105,7 @@ def several(library: Library) -> Values:
 
 def clusters(library: Library) -> Values:
     """`cluster:NAME/LABEL` for each cluster, with its words."""
-    from adaptlib.experts.records import load_record
-
-    store = library.catalog().store
-    for name in library.names(start="clusterings"):
-        record = load_record(store, "clusterings", name)
+    for name, record in library.records("clusterings").items():
         for label, members in record.get("clusters", {}).items():
             said = record.get("labels", {}).get(label, "")
             yield f"cluster:{name}/{label}", f"{len(members)} experts {said}".strip()
@@ -109,17 +115,10 @@ def routers(library: Library) -> Values:
     """What --router takes."""
     yield from ((name, "") for name in ROUTERS if name not in (*KEPT, "named"))
     yield from ((f"named:{name}", "alone") for name, _ in names(library))
-    for name in library.names(start="routers"):
+    for name, record in library.records("routers").items():
         yield f"saved:{name}", "a saved router"
-        if kind := _kind_of_router(library, name):
-            yield f"{kind}:{name}", "a router that was learned"
-
-
-def _kind_of_router(library: Library, name: str) -> str | None:
-    from adaptlib.experts.records import load_record
-
-    kind = load_record(library.catalog().store, "routers", name).get("router")
-    return str(kind) if kind in KEPT else None
+        if record.get("router") in KEPT:
+            yield f"{record['router']}:{name}", "a router that was learned"
 
 
 def scored(library: Library) -> Values:
@@ -148,7 +147,7 @@ def records(library: Library) -> Values:
 def schemas(_: Library) -> Values:
     from .schema import FOLDER
 
-    return [(file.stem, "") for file in sorted(FOLDER.glob("*.json"))]
+    return [(file.stem, "") for file in sorted(FOLDER.glob("*.json"), key=lambda f: f.stem)]
 
 
 def commands(_: Library) -> Values:
@@ -161,6 +160,12 @@ def fields(_: Library) -> Values:
     from .filters import FIELDS
 
     return [(name, kind) for name, kind in FIELDS.items()]
+
+
+def settings(_: Library) -> Values:
+    from .settings import TOP
+
+    return list(TOP.items())
 
 
 def weights(library: Library) -> Values:
@@ -243,7 +248,6 @@ TAKES: Final[Mapping[str, Source | str]] = {
     **dict.fromkeys(("base", "only_base", "model"), bases),
     **dict.fromkeys(("router", "compare"), routers),
     **dict.fromkeys(("fields", "filters", "sort"), fields),
-    "color": words("auto", "always", "never"),
     "clusters": saved("clusterings"),
     "dtype": words(*DTYPES),
     "features": words("auto", "factors", "gram", "sketches"),
@@ -266,6 +270,7 @@ TAKES: Final[Mapping[str, Source | str]] = {
     **dict.fromkeys(_FREE, FREE),
 }
 OF_COMMAND: Final[Mapping[tuple[str, str], Source | str]] = {
+    ("", "color"): words("auto", "always", "never"),  # before the command
     ("add", "name"): FREE,
     ("add", "task"): tasks,
     ("bench", "what"): words("papers"),
@@ -273,6 +278,9 @@ OF_COMMAND: Final[Mapping[tuple[str, str], Source | str]] = {
     ("cluster", "diff"): saved("clusterings", "now"),
     ("cluster", "method"): words("agglomerative", "category", "hdbscan", "mbc", "random", "text"),
     ("cluster", "save"): saved("clusterings"),
+    ("config", "action"): words("list", "get", "set", "unset", "path", "env"),
+    ("config", "key"): settings,
+    ("config", "value"): FREE,
     ("completion", "shell"): words("bash", "zsh", "fish"),
     ("export", "format"): words("peft", "adaptlib"),
     ("gc", "restore"): trash,

@@ -13,7 +13,8 @@ os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
-for _name in ("ADAPTLIB_LIBRARY", "ADAPTLIB_DEBUG", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+_OURS = ("ADAPTLIB_LIBRARY", "ADAPTLIB_DEBUG", "ADAPTLIB_NO_CONFIG")
+for _name in (*_OURS, "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS"):
     os.environ.pop(_name, None)
 
 if all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype")):
@@ -30,3 +31,4 @@ if all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype"
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the library of whoever runs it."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg-config"))
