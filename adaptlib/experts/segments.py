@@ -1,6 +1,6 @@
 """Segments: what was computed for some experts of one signature, in a file that never changes.
 
-    derived/<folder>/<recipe>-<key>/<rows>.safetensors
+    derived/<folder>/<recipe>-<key>/<content>.safetensors
 
     signature    (bytes,)          U8    JSON, the shape of each module: {name: [d_out, d_in], ...}
     digests      (n, 32)           U8    of the experts' manifests
@@ -11,10 +11,11 @@ and what the `Form` of the folder says; in `prototypes`, which is what routing l
     prototypes   (n, W)            F32   module after module in that order, W the sum of their d_in
     sketches     (module, n, SIZE) F32   each module's prototypes in SIZE dimensions
 
-`key` is a hash of the signature and `rows` one of the digests. A row depends on its expert and the
-recipe alone, so it cannot go stale. A file is written beside its place, flushed and renamed; one
-that is broken is as if it were not there. Two processes that write at once waste work and nothing
-else: a digest that is in two files is in one when they are merged.
+`key` is a hash of the signature and `content` the SHA-256 of the file, each cut to 32 digits. A row
+depends on its expert and the recipe alone, so it cannot go stale. A file is written beside its
+place, flushed and renamed; it is hashed whenever it is opened, and one that is damaged is as if it
+were not there: no flipped bit gets into an answer. Two processes that write at once waste work and
+nothing else: a digest that is in two files is in one when they are merged.
 
 They are merged as in a log-structured store: each is larger than all smaller ones together, and one
 that stops being so is merged with them. So n experts that come one by one are in log2(n) + 1 files
@@ -28,7 +29,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ def read_folder(folder: Path, form: Form) -> tuple[Shapes, list[Segment]]:
 
 
 def _read(path: Path, form: Form = PROTOTYPES) -> tuple[Shapes, Segment]:
+    if path.name != _content_name(_pieces(path)):
+        raise CorruptError(f"{path} does not hold what its name says")
     tensors = read_tensors(str(path), map_file(path))
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if found.keys() != {"signature", "digests", *form.parts}:
@@ -167,7 +170,7 @@ def _read(path: Path, form: Form = PROTOTYPES) -> tuple[Shapes, Segment]:
         raise CorruptError(f"{path} is no segment: its tensors do not fit its signature")
     parts = {part: tensors[part].numpy() for part in form.parts}
     segment = Segment(form, tensors["digests"].numpy(), parts, path)
-    if (path.parent.name, path.name) != (_folder_name(signature, form), _file_name(segment)):
+    if path.parent.name != _folder_name(signature, form):
         raise CorruptError(f"{path} does not hold what its name says")
     return shapes, segment
 
@@ -188,10 +191,25 @@ def _folder_name(signature: bytes, form: Form) -> str:
     return f"{form.recipe}-{hashlib.sha256(signature).hexdigest()[:32]}"
 
 
-def _file_name(segment: Segment) -> str:
+def _content_name(pieces: Iterable[bytes | memoryview]) -> str:
     """By what is in it, so that two processes that made the same rows write one file."""
-    rows = "".join(sorted(segment.names()))
-    return f"{hashlib.sha256(rows.encode()).hexdigest()[:32]}.safetensors"
+    hashed = hashlib.sha256()
+    for piece in pieces:
+        hashed.update(piece)
+    return f"{hashed.hexdigest()[:32]}.safetensors"
+
+
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """A file's bytes. Read and not mapped: a page of a mapping that was touched stays in memory."""
+    buffer = memoryview(bytearray(1 << 20))
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise CorruptError(f"{path} is not a regular file")
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is not there") from None
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -201,16 +219,17 @@ def write_segment(root: Path, shapes: Shapes, segment: Segment) -> Segment:
     """Put a segment in its place and map it. Where it cannot be written it stays in memory: a
     library may be for reading only, or its disk full."""
     signature = _signature(shapes)
-    path = root / _folder_name(signature, segment.form) / _file_name(segment)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}-{time.time_ns()}.partial")
     tensors = {"signature": RawTensor("U8", (len(signature),), memoryview(signature))}
     dtypes = {"digests": "U8"} | {part: dtype for part, (dtype, _) in segment.form.parts.items()}
     for part, dtype in dtypes.items():
         array = segment.digests if part == "digests" else segment.parts[part]
         array = np.ascontiguousarray(array)
         tensors[part] = RawTensor(dtype, array.shape, array.reshape(-1).data)
+    folder = root / _folder_name(signature, segment.form)
+    path = folder / _content_name(encode(tensors))
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{time.time_ns()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
                 file.writelines(encode(tensors))

@@ -1,6 +1,6 @@
 """Sketches of whole experts, made when they are added: clustering reads these and no expert.
 
-    derived/sketches/<recipe>-<key>/<rows>.safetensors      see segments.py
+    derived/sketches/<recipe>-<key>/<content>.safetensors   see segments.py
 
     scales   (n,)                    F32
     rows     (n, module · SIDE²)     F16   the sketch of each module (projection.py), sorted by name
