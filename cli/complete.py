@@ -100,6 +100,8 @@ def complete(words: Sequence[str]) -> Answer:
     group = _group(command)
     if at is None or command is None:
         state = _walk(group.params, before)
+        if state.arguments:  # no command that is known
+            return Answer()
         if state.waiting is None and not last.startswith("-"):
             return Answer(_beginning(last, _commands()))
         return _answer("", group.params, state, last)
@@ -214,10 +216,11 @@ def _values(command: str, param: Any, library: Library, last: str, *, before: st
     source = taken(command, param.name)
     if isinstance(source, str):
         return Answer(paths="" if source == FREE else source)
+    already: set[str] = set()
     if param.name in LISTS and getattr(param, "multiple", False):
         head, comma, last = last.rpartition(",")
         before += head + comma
-    already = set(before.partition("=")[2].split(","))
+        already = {*head.split(",")}
     values = [pair for pair in source(library) if pair[0] not in already]
     return Answer([(before + value, said) for value, said in _beginning(last, values)])
 
