@@ -133,9 +133,9 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
     made_by = f"transformers {version('transformers')}\n".encode()
     key = hashlib.sha256(made_by + config_bytes).hexdigest()
     kept = cache / f"{key}.json" if cache else None
-    if kept:
+    if kept and kept.is_file():  # opening a pipe would wait for ever
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # made again
-            seen = json.loads(kept.read_text())
+            seen = json.loads(_checked(kept.read_text()))
             modules = {n: (int(o), int(i)) for n, (o, i) in seen["modules"].items()}
             return BaseModel(name, _revision(directory), seen["digest"], MappingProxyType(modules))
     import torch
@@ -153,8 +153,18 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
         ) from error
     base = BaseModel.of(model)
     if kept:
-        _keep(kept, json.dumps({"digest": base.digest, "modules": dict(base.modules)}))
+        text = json.dumps({"digest": base.digest, "modules": dict(base.modules)})
+        _keep(kept, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     return BaseModel(name, _revision(directory), base.digest, base.modules)
+
+
+def _checked(text: str) -> str:
+    """What follows the first line, which is its SHA-256. ValueError where it is not: a flipped bit
+    would be kept in the card of every expert that is added."""
+    said, _, rest = text.partition("\n")
+    if said != hashlib.sha256(rest.encode()).hexdigest():
+        raise ValueError("damaged")
+    return rest
 
 
 def _keep(path: Path, text: str) -> None:
