@@ -87,7 +87,7 @@ def _fold(line: str, room: int) -> list[str]:
             parts.append(head)
             word = word[len(head) :]
         part = word
-    return [*parts, part] if part else parts
+    return [one.rstrip(" ") for one in (*parts, part) if one.strip(" ")]
 
 
 def _head(text: str, room: int) -> str:
