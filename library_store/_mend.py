@@ -84,7 +84,6 @@ def _mend_ref(refs: RefFiles, ref: Ref, done: list[str], lost: list[Problem]) ->
 
 def _last_place(refs: RefFiles, ref: Ref) -> Digest | None:
     try:
-        moves = [entry for entry in refs.log(ref.name) if entry.ref == ref]
+        return refs.last(ref)
     except (RefCorrupt, OSError):
         return None
-    return moves[-1].new if moves else None

@@ -115,6 +115,11 @@ class RefFiles:
             raise RefCorrupt(f"{path} is not a file", hint=f"move {path} aside") from error
         return decode_log(data[: _files.length_of_lines(data)], source=str(path))
 
+    def last(self, ref: Ref) -> Digest | None:
+        """Where its log says that `ref` is. Raises RefCorrupt."""
+        moves = [entry for entry in self.log(ref.name) if entry.ref == ref]
+        return moves[-1].new if moves else None
+
     def log_names(self) -> list[str]:
         """The names that have a log. Raises OSError or RefCorrupt."""
         found: list[str] = []

@@ -74,8 +74,9 @@ def restore(objects: ObjectFiles, gc_id: str) -> int:
                 raise
             continue  # another one restores it too
         count += 1
-    _files.remove_directory(trash)
-    _files.fsync_directory(objects.root / "trash")
+    with suppress(OSError):  # the objects are back and durable: what is empty harms nobody
+        _files.remove_directory(trash)
+        _files.fsync_directory(objects.root / "trash")
     return count
 
 

@@ -155,9 +155,19 @@ class LocalStore(Store):
                 self._need(ref, new)
                 self._refs.append(LogEntry(ref, timestamp(), old, new, reason))
             except BaseException:
-                if self._refs.read(ref) != old:
-                    self._refs.write(ref, old)
+                self._take_back(ref, old)
                 raise
+
+    def _take_back(self, ref: Ref, old: Digest | None) -> None:
+        """Undo a move that failed."""
+        if self._refs.read(ref) != old:
+            self._refs.write(ref, old)
+        if old is not None and old not in self:
+            # Where the lock lies, others moved the ref on and gc took what they moved it from. It
+            # never takes the last place that a log tells.
+            last = self._refs.last(ref)
+            if last != old:
+                self._refs.write(ref, last)
 
     def log(self, name: str) -> list[LogEntry]:
         return self._refs.log(name)
