@@ -67,7 +67,7 @@ class RefFiles:
     def settle(self, ref: Ref) -> None:
         """Make durable where `ref` is: whoever moved it there may have been killed before that."""
         directory = self._path(ref).parent
-        while _files.status(directory) is None:
+        while (found := _files.status(directory)) is None or found.kind != "directory":
             directory = directory.parent
         self._sync_up(directory)
 
@@ -204,7 +204,7 @@ class RefFiles:
         """Sync a directory that another process, where the lock lies, may have removed again."""
         try:
             _files.fsync_directory(directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if directory == self.root / "refs":
                 raise
 

@@ -78,6 +78,12 @@ def test_a_collision_leaves_nothing_behind(local, one):
     assert names(local.root, ".") == before
 
 
+def test_what_another_name_leaves_no_place_for_may_stay_absent(local, one):
+    local.move(Ref("c", "d"), one, expect=None)
+    local.move(Ref("c/d", "e"), None, expect=None)
+    assert local.refs() == {Ref("c", "d"): one}
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"sha256:", b"x" * 72, b"sha256:" + b"A" * 64 + b"\n", b"\xff" * 72, b"1" * 10**6],
