@@ -183,7 +183,8 @@ def _say(code: int, message: str, hint: str | None, arguments: list[str]) -> Non
     if "--json" in arguments:
         import msgspec
 
-        body = {"code": code, "message": message, "hint": hint}
+        said = [text and out.plain(text) for text in (message, hint)]
+        body = {"code": code, "message": said[0], "hint": said[1]}
         text = msgspec.json.encode({"schema": "adaptlib.error/1", "error": body}).decode()
     else:
         text = f"Error: {message}" + (f"\n  Next: {hint}" if hint else "")

@@ -44,6 +44,10 @@ class Ref:
         for text, noun in ((self.name, "name"), (self.tag, "tag")):
             if not isinstance(text, str):
                 raise InvalidName(f"a ref's {noun} is text, got {type(text).__name__}")
+        length = len(self.name) + 1 + len(self.tag)
+        if length > MAX_LENGTH:  # before any of it is repeated in an error
+            shown = f"{self.name}:{self.tag}"[:60]
+            raise _invalid(f"{shown!r}... is {length} long, wanted {MAX_LENGTH} at most")
         if self.name == "sha256":
             raise _invalid("name 'sha256' is how a digest starts")
         parts = self.name.split("/")
@@ -52,9 +56,6 @@ class Ref:
         _check(self.tag, "tag", whole=self.tag)
         if len(parts) > MAX_PARTS:
             raise _invalid(f"name {self.name!r} has {len(parts)} parts, wanted {MAX_PARTS} at most")
-        length = len(self.name) + 1 + len(self.tag)
-        if length > MAX_LENGTH:
-            raise _invalid(f"{self.name}:{self.tag} is {length} long, wanted {MAX_LENGTH} at most")
 
     @classmethod
     def parse(cls, text: str) -> Ref:

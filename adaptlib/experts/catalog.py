@@ -4,6 +4,7 @@ Imports no NumPy, so that listing and completing names wait for nothing.
 """
 
 import difflib
+import errno
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Catalog:
                 raise NotFoundError(
                     f"no library at {where} ({why})", hint=f"make one: adaptlib init {where}"
                 ) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise NotFoundError(
+                f"no library at {str(where)[:60]}...: the name is too long"
+            ) from None
         try:
             return cls(LocalStore.create(where), where)
         except NotAStore as error:
@@ -120,7 +127,8 @@ class Catalog:
         known = list(self.tags())
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise NotFoundError(
-            f"no expert named {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""),
+            f"no expert named {name[:200]!r}"
+            + (f"; did you mean {', '.join(close)}?" if close else ""),
             hint="see all: adaptlib list" if known else "the library is empty: adaptlib add SOURCE",
         )
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 MAX_WEIGHTS = 16 << 30  # bytes
+MAX_SPEC = 512  # characters
 TIMEOUT = 30.0  # seconds, for the listing
 # The most bytes of each file that is fetched. Nothing else of a repository is.
 _WANTED = {
@@ -58,7 +59,7 @@ def parse_spec(spec: str) -> tuple[str, str | None, str | None]:
     """(repo, revision, subfolder) of `hf://org/repo[@rev][/subfolder]`. UsageError where it is not
     of this form, RefusedError for a subfolder or revision that is a path trick."""
     found = _SPEC.fullmatch(spec)
-    if not found:
+    if not found or len(spec) > MAX_SPEC:
         raise UsageError(
             f"{spec[:200]!r} is not a place on the hub; want hf://org/repo[@rev][/subfolder]"
         )
@@ -146,9 +147,13 @@ def _check_file(spec: str, path: Path, file: "RepoSibling") -> None:
     """The bytes are those that the hub lists; huggingface_hub compares sizes only."""
     if not path.is_file():
         raise RemoteError(f"{spec}: {path.name} was not downloaded", hint="try again")
-    if file.size is not None and path.stat().st_size != file.size:
+    if (size := path.stat().st_size) > _WANTED[path.name]:  # where the hub lists no size
+        raise RefusedError(
+            f"{spec}: {path.name} has {size:,} bytes; at most {_WANTED[path.name]:,} are read"
+        )
+    if file.size is not None and size != file.size:
         raise CorruptError(
-            f"{spec}: {path.name} has {path.stat().st_size:,} bytes; the hub lists {file.size:,}",
+            f"{spec}: {path.name} has {size:,} bytes; the hub lists {file.size:,}",
             hint=f"remove it and try again: {path}",
         )
     if file.lfs is None:

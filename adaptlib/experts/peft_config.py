@@ -9,17 +9,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from adaptlib.errors import CorruptError, NotFoundError, RefusedError
-from adaptlib.experts.codec import Module
-from adaptlib.experts.tensors import brief, open_regular, parse_json
+from adaptlib.experts.codec import MAX_BASE, Module
+from adaptlib.experts.tensors import MAX_SIDE, brief, open_regular, parse_json
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 1 << 20  # bytes; PEFT writes about 1 kB
-MAX_BASE = 512  # characters in the name of a base model, and in its revision
 MAX_PATTERN = 512  # characters
 MAX_STEPS = 20_000_000  # of matching, an upper bound for all patterns on all modules; a second
 _COMPILE, _MATCH = 4000, 20  # what compiling a pattern, and trying it on a name, cost in steps
@@ -51,10 +50,10 @@ V = TypeVar("V", int, float)
 class LoRAConfig(msgspec.Struct, frozen=True):
     """The fields of PEFT's LoraConfig that decide ΔW."""
 
-    r: int
+    r: Annotated[int, msgspec.Meta(le=MAX_SIDE)]
     lora_alpha: float
     use_rslora: bool | None = False
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, Annotated[int, msgspec.Meta(le=MAX_SIDE)]] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
     bias: str | None = "none"
@@ -66,7 +65,7 @@ class SHiRAConfig(msgspec.Struct, frozen=True):
     """The fields of PEFT's ShiraConfig that decide ΔW. Each module keeps r·(d_in + d_out)
     entries."""
 
-    r: int
+    r: Annotated[int, msgspec.Meta(le=MAX_SIDE)]
     mask_type: str | None = "random"
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -165,7 +164,7 @@ def _check_lora(source: str, config: LoRAConfig) -> None:
 def _convert(source: str, document: Mapping[str, Any], wanted: type[Any]) -> Any:
     try:
         return msgspec.convert(document, wanted)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:
         raise CorruptError(f"{source}: {str(error)[:200]}") from None
 
 

@@ -7,7 +7,7 @@ base_model.model.<module>.lora_A.default.weight    with the adapter's name in it
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from adaptlib.errors import CorruptError, RefusedError
 from adaptlib.experts.tensors import RawTensor, brief, cut
@@ -19,9 +19,14 @@ _KEY = re.compile(r"(.+)\.(lora_[AB]|shira_weight|shira_indices)((?:\.[^.]+){0,2
 _MODULE = re.compile(r"[^\s/\\.]+(\.[^\s/\\.]+)*")  # a path in a model, never one in a file system
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+
+def _patterns(*reasons: tuple[str, str]) -> dict[re.Pattern[str], str]:
+    return {re.compile(pattern): why for pattern, why in reasons}
+
+
 # What else is found in adapter files; the first that fits the name says why it is refused. Those
 # of _INSIDE may be in a name that looks like a part of an update.
-_INSIDE = (
+_INSIDE = _patterns(
     (r"lora_magnitude_vector", "DoRA also rescales the base weight"),
     (r"lora_embedding_[AB]", "it adapts an embedding; experts adapt linear modules"),
     (r"\.experts(\.base_layer)*\.lora_", "it adapts mixture-of-experts parameters"),
@@ -31,8 +36,7 @@ _INSIDE = (
     (r"prompt_embeddings|prompt_encoder", "it belongs to prompt tuning"),
     (r"ia3_l", "it belongs to IA3"),
 )
-_LEFT_OVER = (
-    *_INSIDE,
+_LEFT_OVER = _INSIDE | _patterns(
     (
         r"(embed\w*|wte|wpe|lm_head|embed_out)(\.base_layer)?\.weight$",
         "a whole weight of the base model is beside the adapter (PEFT: save_embedding_layers)",
@@ -116,5 +120,8 @@ def _own_name(path: str) -> tuple[str, list[str]]:
     return name, changes
 
 
-def _reason(key: str, known: Iterable[tuple[str, str]]) -> str | None:
-    return next((why for pattern, why in known if re.search(pattern, key)), None)
+def _reason(key: str, known: Mapping[re.Pattern[str], str]) -> str | None:
+    for pattern, why in known.items():
+        if pattern.search(key):
+            return why
+    return None

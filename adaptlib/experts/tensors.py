@@ -139,10 +139,13 @@ def open_regular(path: Path) -> BinaryIO:
         if error.errno in _ODD:
             raise RefusedError(f"{path} is not a regular file") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise RefusedError(f"{path} is not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
-        raise RefusedError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+        raise
 
 
 def brief(text: str, most: int = 120) -> str:
