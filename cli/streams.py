@@ -1,5 +1,6 @@
 """What a process meets at its ends: closed streams, broken pipes and signals."""
 
+import io
 import os
 import signal
 import sys
@@ -74,3 +75,6 @@ def _open_streams() -> None:
                 os.close(opened)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A character that the encoding lacks, such as the Greek in help, is an escape and no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
