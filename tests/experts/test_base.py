@@ -72,10 +72,15 @@ def test_a_description_is_kept_and_a_broken_one_made_again(
     cache = tmp_path / "cache"
     first = describe(tmp_path / "m", "m", cache=cache)
     (kept,) = cache.iterdir()
-    for text in ("", "[]", "{}", '{"modules": [], "digest": ""}', '{"modules": {"a": 1}}', "\0"):
-        kept.write_text(text)
+    said, text = kept.read_text().split("\n")
+    assert json.loads(text)["digest"] == first.digest
+    other = "0" if first.digest[-1] != "0" else "1"
+    flipped = text.replace(first.digest, first.digest[:-1] + other)  # JSON still, and a digest
+    damaged = ("", "[]", "{}", '{"modules": [], "digest": ""}', '{"modules": {"a": 1}}', "\0", text)
+    for bad in (*damaged, f"{said}\n{flipped}", f"{said}\n", said):
+        kept.write_text(bad)
         assert describe(tmp_path / "m", "m", cache=cache) == first
-        assert json.loads(kept.read_text())["digest"] == first.digest
+        assert kept.read_text() == f"{said}\n{text}"
     monkeypatch.setattr(BaseModel, "of", lambda _: pytest.fail("the cache was not used"))
     assert describe(tmp_path / "m", "m", cache=cache) == first
 
