@@ -103,6 +103,7 @@ def check_tables(files: Sequence[SettingsFile]) -> None:
     for file in files:
         for key, value in file.values.items():
             if key in TOP:
+                file.word(key)
                 continue
             if key not in COMMANDS:
                 raise unknown(file.where(key), key, key, [*TOP, *COMMANDS])

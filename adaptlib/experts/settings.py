@@ -131,7 +131,7 @@ def parse(text: str, path: Path, table: tuple[str, ...]) -> Mapping[str, Any]:
         values: Any = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else str(path)
+        where = f"{path}:{line[1] if line else max(1, len(text.splitlines()))}"
         raise _unreadable(where, f"it is not TOML: {error}") from None
     except RecursionError:
         raise _unreadable(str(path), "it is nested too deeply") from None
