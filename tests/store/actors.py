@@ -301,10 +301,11 @@ class Actor:
             for ref in [ref for ref in before if ref.name == name]:
                 self.know(Ref(new, ref.tag), self.refs[ref])
                 self.know(ref, None)
-        else:
-            for tag in ("latest", "v", "w"):
-                self.moves += [(Ref(new, tag), Digest.parse(digest)), (Ref(name, tag), None)]
-            self.keep(Digest.parse(digest))
+            return
+        for ref, there in self.store.refs().items():
+            if ref.name == new and there != Digest.parse(digest):
+                self.keep(there)
+        self.keep(Digest.parse(digest))
 
     def look_again(self) -> None:
         """After something with several moves failed: each of them was made, or was not."""
@@ -322,17 +323,17 @@ class Actor:
         name, own = self.name()
         if own:
             name += self.random.choice(["", ":v"])
+        asked, removed = Ref.parse(name), False
+        going = [ref for ref in self.refs if ref == asked or ref.name == name]
         try:
             self.library.remove(name)
+            removed = True
         finally:
-            if own:
-                gone = Ref.parse(name)
-                there = self.store.refs()
-                for ref in [ref for ref in self.refs if ref.name == gone.name and ref not in there]:
-                    expect(":" not in name or ref == gone, f"{ref} went with {name}")
+            there = self.store.refs() if own else {}
+            for ref in going:
+                expect(not removed or ref not in there, f"{ref} was removed and is there")
+                if ref not in there:
                     del self.refs[ref]
-            else:
-                self.moves += [(Ref(name, tag), None) for tag in ("latest", "v", "w")]
 
     def list(self) -> None:
         listed = self.library.names()

@@ -104,22 +104,23 @@ def judge(library: Library, reports: list[dict[str, Any]], *, lies: bool) -> lis
     there = {ref: at for ref, at in refs.items() if ref.removeprefix("routers/").startswith("own")}
     if owned != there:
         wrong.append(f"own refs: {sorted(set(owned.items()) ^ set(there.items()))}")
-    placed = collections.defaultdict(set)
-    for report in reports:
-        for ref, at in report["moves"]:
-            placed[ref].add(at)
+    logged: dict[str, set[str | None]] = collections.defaultdict(lambda: {None})
     last: dict[Ref, Digest | None] = {}
     for name in sorted({ref.name for ref in SHARED} | set(NAMES)):
         for entry in store.log(name):
             if not lies and last.get(entry.ref) != entry.old:
                 wrong.append(f"{entry} follows {last.get(entry.ref)}")
             last[entry.ref] = entry.new
+            logged[str(entry.ref)].add(entry.new and str(entry.new))
     for ref, digest in last.items():
         at = refs.get(str(ref))
         if not lies and at != (digest and str(digest)):
             wrong.append(f"{ref} is at {at}; its log ends at {digest}")
-        if at is not None and at not in placed[str(ref)]:
+        if at not in logged[str(ref)]:
             wrong.append(f"{ref} is at {at}, where nobody put it")
+    for report in reports:
+        lost = [(ref, at) for ref, at in report["moves"] if at not in logged[ref]]
+        wrong += [f"{ref} was moved to {at}, and its log does not say so" for ref, at in lost]
     left = [path.name for path in (store.root / "tmp").iterdir()]
     if [name for name in left if not name.startswith("refs.lock.")]:
         wrong.append(f"left in tmp/: {left}")
