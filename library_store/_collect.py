@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import uuid
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 PARENT_LIMIT: Final = 16 << 20
 """Bytes. What refers to other objects must not be longer than this, unless a ref points to it."""
+
+ROOT_LIMIT: Final = 64 << 20
+"""Bytes. What a ref points to is read into memory, so it must not be longer than this."""
 
 TRASH_AGE: Final = timedelta(days=7)
 TEMPORARY_AGE: Final = timedelta(hours=24)
@@ -92,9 +96,17 @@ class _Marks:
         """What an object refers to, from its checked bytes, and whether it is a leaf."""
         if not whole and self._store.size(digest) > PARENT_LIMIT:
             return []
-        data = self._store.get(digest)
+        data = read_parent(self._store, digest)
         leaves = self._sizes(digest, data) if self._sizes else {}
         return [(child, child in leaves) for child in self._children(digest, data)]
+
+
+def read_parent(store: Store, digest: Digest) -> bytes:
+    """The bytes of what may refer to other objects. OSError where they are above ROOT_LIMIT."""
+    if (size := store.size(digest)) > ROOT_LIMIT:
+        said = f"object {digest.short} has {size:,} bytes; of a parent {ROOT_LIMIT:,} are read"
+        raise OSError(errno.EFBIG, said)
+    return store.get(digest)
 
 
 def new_id(now: datetime) -> str:

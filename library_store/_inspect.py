@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from library_store._collect import PARENT_LIMIT
+from library_store._collect import PARENT_LIMIT, read_parent
 from library_store.digest import Digest
 from library_store.errors import ObjectCorrupt, ObjectNotFound, RefCorrupt
 from library_store.names import Ref
@@ -120,7 +120,7 @@ class _Walk:
         try:
             # What may refer to others is read at once, so that it is read once.
             whole = follow and (digest in self.roots or self._store.size(digest) <= PARENT_LIMIT)
-            data = self._store.get(digest) if whole else self._store.view(digest)
+            data = read_parent(self._store, digest) if whole else self._store.view(digest)
         except ObjectNotFound as error:
             return _problem("missing", digest, error)
         except ObjectCorrupt as error:

@@ -21,6 +21,7 @@ from library_store.records import (
 
 _LIMIT: Final = 128  # bytes; a ref file is 72 long
 _LOG: Final = ".jsonl"
+_LOG_LIMIT: Final = 64 << 20  # bytes; 200,000 moves of one name
 
 
 @final
@@ -108,9 +109,11 @@ class RefFiles:
         """Every move of `name`, oldest first. Raises RefCorrupt."""
         path = self._log_path(name)
         try:
-            data = _files.read(path)
+            data = _files.read(path, limit=_LOG_LIMIT)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except ValueError as error:
+            raise RefCorrupt(f"{path} has {error}", hint=f"move {path} aside") from error
         except _files.NotRegularError as error:
             raise RefCorrupt(f"{path} is not a file", hint=f"move {path} aside") from error
         return decode_log(data[: _files.length_of_lines(data)], source=str(path))

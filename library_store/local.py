@@ -84,7 +84,8 @@ class LocalStore(Store):
 
     @classmethod
     def open(cls, path: str | PathLike[str]) -> LocalStore:
-        """Open the store at `path`. Raises NotAStore or UnknownFormat."""
+        """Open the store at `path`. Raises NotAStore, or UnknownFormat where it is no store of
+        this version or one of its directories is a link."""
         store = cls(Path(path).absolute())
         file = store.root / "FORMAT"
         try:
@@ -96,6 +97,14 @@ class LocalStore(Store):
         except (_files.NotRegularError, ValueError) as error:
             raise UnknownFormat(f"{file} cannot be read: {error}") from error
         _check_format(data, file)
+        for name in (*DIRECTORIES, "objects/sha256"):
+            found = _files.status(store.root / name)
+            if found is not None and found.kind != "directory":
+                # Or a store that came from somewhere else would have us write and remove there.
+                raise UnknownFormat(
+                    f"{store.root / name} is a link or a file; a store's directories are its own",
+                    hint="link to the store as a whole",
+                )
         return store
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -106,6 +107,9 @@ class GcResult:
     kept: int
 
 
+MAX_LINE: Final = 64 * 1024
+"""Bytes of one entry of a log."""
+
 _NOT_AN_ENTRY: Final = (
     ValueError,
     TypeError,
@@ -146,14 +150,18 @@ def decode_log(data: bytes, *, source: str) -> list[LogEntry]:
     What follows the last newline is an append that never finished, was never acknowledged, and is
     ignored.
     """
+    lines = enumerate(io.BytesIO(data), start=1)
     return [
         _decode_entry(line, where=f"{source} line {number}")
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1)
+        for number, line in lines
+        if line.endswith(b"\n")
     ]
 
 
 def _decode_entry(line: bytes, *, where: str) -> LogEntry:
     try:
+        if len(line) > MAX_LINE:
+            raise ValueError(f"it has {len(line):,} bytes; an entry has {MAX_LINE:,} at most")
         record = json.loads(line)
         if not isinstance(record, dict) or set(record) != _LOG_KEYS:
             raise ValueError(f"wanted an object with the keys {sorted(_LOG_KEYS)}")
@@ -170,5 +178,5 @@ def _decode_entry(line: bytes, *, where: str) -> LogEntry:
             raise ValueError("'when' has no time zone")
     except _NOT_AN_ENTRY as error:
         hint = "move the file aside to go on without this history; the refs themselves are unharmed"
-        raise RefCorrupt(f"{where} is not a log entry: {error}", hint=hint) from error
+        raise RefCorrupt(f"{where} is not a log entry: {error!s:.300}", hint=hint) from error
     return entry

@@ -13,6 +13,7 @@ from typing import final
 
 from adaptlib.errors import ConflictError, CorruptError, NotFoundError, RefusedError, UsageError
 from adaptlib.experts import index
+from adaptlib.experts.derived import refuse_links
 from adaptlib.experts.index import Summary
 from adaptlib.experts.location import library_path
 from adaptlib.experts.names import PINS, RESERVED
@@ -45,6 +46,7 @@ class Catalog:
         none, unless `create`."""
         where, why = library_path(path)
         try:
+            refuse_links(where)
             return cls(LocalStore.open(where), where)
         except NotAStore:
             if not create:
@@ -115,15 +117,19 @@ class Catalog:
                 return tagged[-1]
         if is_digest(name):
             from adaptlib.experts.codec import parse_manifest
+            from adaptlib.experts.damage import read_object, refuse_lost
 
             try:
                 digest = self.store.resolve(name)
-                parse_manifest(digest.short, self.store.get(digest))
-                return str(digest)
             except AmbiguousDigest as error:
                 raise UsageError(str(error), hint=error.hint) from None
-            except (ObjectNotFound, CorruptError, RefusedError):
-                pass  # nothing starts so, or it is a blob and no expert
+            except ObjectNotFound:
+                refuse_lost(self.store, name)
+            else:
+                data = read_object(self.store, digest)
+                with suppress(CorruptError, RefusedError):  # a blob, and no expert
+                    parse_manifest(digest.short, data)
+                    return str(digest)
         known = list(self.tags())
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise NotFoundError(

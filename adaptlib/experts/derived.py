@@ -1,12 +1,42 @@
 """`derived/`: what can be made again. Nothing in it changes an answer."""
 
+import os
 import shutil
 import stat
 import time
 from datetime import timedelta
 from pathlib import Path
 
+from adaptlib.errors import RefusedError
+
 ABANDONED = timedelta(days=7)
+
+
+def refuse_links(library: Path) -> None:
+    """RefusedError where `derived/`, or a folder in it, is a link: what is made and deleted there
+    would be made and deleted somewhere else."""
+    level = [library / "derived"]
+    for depth in range(3):
+        for path in level:
+            if path.is_symlink():
+                raise RefusedError(
+                    f"{path} is a link; what a library makes again is its own", hint=f"rm {path}"
+                )
+        if depth < 2:
+            level = [path for folder in level for path in _folders(folder)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, and the links."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                folder / entry.name
+                for entry in entries
+                if entry.is_symlink() or entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
 
 
 def training_run(library: Path, key: str) -> Path:

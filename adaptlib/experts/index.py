@@ -7,9 +7,10 @@ Each row has a checksum of its own, since SQLite has none: a damaged one is as i
 A missing or broken file is made again, in silence; deleting it changes no answer.
 """
 
+import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,9 @@ _PASSING = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_INTERRUPT,
 }
+_SIDES = ("-journal", "-wal", "-shm")  # files that SQLite puts beside a database
+_MAX_VALUE = 64 << 20  # bytes of one value
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -73,7 +75,7 @@ def read(path: Path, digests: Iterable[str]) -> dict[str, Summary]:
     """The summaries there are."""
     wanted = set(digests)
     one = f"WHERE digest = '{next(iter(wanted))}'" if len(wanted) == 1 else ""
-    rows = _rows(path, f"SELECT digest, body, checksum FROM summary {one}")
+    rows = _rows(path, f"SELECT digest, body, checksum FROM summary {one}", wanted)
     with suppress(msgspec.DecodeError, TypeError, AttributeError):
         decode = msgspec.json.Decoder(Summary).decode
         return {
@@ -116,24 +118,33 @@ def _checksum(key: str, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(key.encode()))
 
 
-def _rows(path: Path, query: str) -> list[Any]:
-    if not path.is_file():
+def _rows(path: Path, query: str, wanted: Collection[str] | None = None) -> list[Any]:
+    """The rows of a query, or those that begin with a wanted value, of each the last."""
+    if not _is_ours(path, there=True):
         return []
     try:
-        with closing(sqlite3.connect(path, timeout=5)) as database:
+        with closing(_connect(path)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (VERSION,):
                 return []
-            return database.execute(query).fetchall()
+            _check_tables(database)
+            rows = database.execute(query)
+            if wanted is None:
+                return rows.fetchmany(2)
+            return list({row[0]: row for row in rows if row[0] in wanted}.values())
     except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
         _forget_broken(path, error)
         return []
 
 
 def _insert(path: Path, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    if not _is_ours(path, there=False):
+        return
     try:
-        with closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as database:
+        with closing(_connect(path)) as database:
             database.execute("BEGIN IMMEDIATE")
-            if database.execute("PRAGMA user_version").fetchone() != (VERSION,):
+            if database.execute("PRAGMA user_version").fetchone() == (VERSION,):
+                _check_tables(database)
+            else:
                 for table in _TABLES.strip().split(";\n"):
                     database.execute(table)
                 database.execute(f"PRAGMA user_version = {VERSION}")
@@ -143,11 +154,51 @@ def _insert(path: Path, statement: str, rows: Iterable[tuple[Any, ...]]) -> None
         _forget_broken(path, error)
 
 
+def _is_ours(path: Path, *, there: bool) -> bool:
+    """Whether SQLite may open this: a file of the library (or, unless it is to be `there`, nothing)
+    with no journal beside it. We keep none, and one that is found is obeyed: it may name files to
+    write and to remove."""
+
+    def odd() -> bool:
+        return path.is_symlink() or any(os.path.lexists(f"{path}{side}") for side in _SIDES)
+
+    try:
+        if odd():
+            _forget(path)
+        return not odd() and (path.is_file() or not there)
+    except OSError:  # nobody can look just now
+        return False
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A database that came from anywhere: it may not ask for more than a file of its size can."""
+    database = sqlite3.connect(path, timeout=5, isolation_level=None)
+    with suppress(OSError):
+        size = path.stat().st_size
+        steps = iter(range(100 + size // 10_000))  # of 100,000 each, ten for a byte
+        database.set_progress_handler(lambda: next(steps, -1) < 0, 100_000)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
+    # A journal in memory: where a crash leaves half a change, the file is broken and made again.
+    database.execute("PRAGMA journal_mode = MEMORY")
+    return database
+
+
+def _check_tables(database: sqlite3.Connection) -> None:
+    """sqlite3.DatabaseError where there is any table, view or trigger but ours."""
+    ours = {statement.strip() for statement in _TABLES.split(";") if "CREATE" in statement}
+    found = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchmany(9)
+    if {sql for (sql,) in found} != ours:
+        raise sqlite3.DatabaseError("tables that are not ours")
+
+
 def _forget_broken(path: Path, error: Exception) -> None:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    if code in _PASSING:
-        return
+    if code not in _PASSING:
+        _forget(path)
+
+
+def _forget(path: Path) -> None:
     # The journal first: left behind, SQLite would roll it back into the next file of this name.
-    for suffix in ("-journal", "-wal", "-shm", ""):
+    for suffix in (*_SIDES, ""):
         with suppress(OSError):  # in a library that is for reading only
             path.with_name(path.name + suffix).unlink()

@@ -1,0 +1,83 @@
+"""Libraries from strangers: what is wrong is refused or left out, and nothing outside is touched."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.hostile import make
+from tests.hostile.conftest import Run, tree
+from tests.hostile.libraries import LIBRARIES, outside
+from tests.soak import report
+
+SECONDS, PEAK, SAID = 2.0, 256.0, 20_000
+COMMANDS: dict[str, list[str]] = {
+    "list": ["list"],
+    "show": ["show", "evil"],
+    "show-good": ["show", "good"],
+    "verify": ["verify", "--deep"],
+    "export": ["export", "evil", "exported"],
+    "log": ["log", "good"],
+    "cluster": ["show", "clusterings/evil"],
+    "router": ["show", "routers/evil", "--json"],
+    "tag": ["tag", "good", "again"],
+    "gc": ["gc", "--grace", "0", "--history", "0"],
+}
+_seen: dict[str, float] = {"runs": 0, "seconds": 0, "peak": 0}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts, one of them without a name, a log and an index."""
+    from adaptlib.experts import Library
+
+    folder = tmp_path_factory.mktemp("honest")
+    library = Library.open(folder / "library", create=True)
+    library.add(make.adapter(folder / "good"), "good")
+    library.add(make.adapter(folder / "gone", weights=make.pair(1)), "gone")
+    library.remove("gone")
+    library.summaries()
+    return folder / "library"
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_no_command_leaves_a_hostile_library(
+    name: str, watched: Run, honest: Path, tmp_path: Path
+) -> None:
+    root, elsewhere = tmp_path / "library", outside(tmp_path / "outside")
+    shutil.copytree(honest, root)
+    LIBRARIES[name](root, elsewhere)
+    (tmp_path / "moved").mkdir(exist_ok=True)
+    before = tree(elsewhere), tree(tmp_path / "moved")
+    for command, words in COMMANDS.items():
+        outcome = watched(*words, "-L", root, write=[root, tmp_path / "here"])
+        said = outcome.out + outcome.err
+        where = f"{command}: exit {outcome.code}\n{said[-1500:]}"
+        assert outcome.code in (0, 1, 2, 3, 4, 5, 7), where
+        assert outcome.deeds == [], (where, outcome.deeds)
+        assert "Traceback" not in said, where
+        assert "bug in adaptlib" not in said, where
+        assert all(line.isprintable() for line in said.split("\n")), where
+        assert len(said) < SAID, where[:500]
+        assert outcome.seconds < SECONDS, (where, outcome.seconds)
+        assert outcome.peak < PEAK, (where, outcome.peak)
+        assert (tree(elsewhere), tree(tmp_path / "moved")) == before, where
+        _seen["runs"] += 1
+        _seen["seconds"] = max(_seen["seconds"], outcome.seconds)
+        _seen["peak"] = max(_seen["peak"], outcome.peak)
+
+
+def test_an_honest_one_works_with_every_command(watched: Run, honest: Path, tmp_path: Path) -> None:
+    """Or a command could pass the others by failing at once."""
+    root = tmp_path / "library"
+    shutil.copytree(honest, root)
+    for words in COMMANDS.values():
+        if "evil" not in words[-2:][0] and not any("evil" in word for word in words):
+            outcome = watched(*words, "-L", root, write=[root])
+            assert outcome.code == 0, outcome.err
+            assert outcome.deeds == []
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(LIBRARIES) >= 60
+    report("hostile.libraries", libraries=len(LIBRARIES), **_seen)
