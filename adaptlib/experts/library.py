@@ -258,7 +258,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         move_refs(self.store, moves)
         for one, added in pairs:
             # What had no name yet may have gone to a collection with hardly any grace.
-            if Digest.parse(added.manifest.blob.digest) not in self.store:
+            if self._is_gone(Digest.parse(added.manifest.blob.digest)):
                 self.store.put(one.packed.blob())
         if self.path:
             summaries = {added.digest: Summary.of(added.manifest) for added in kept}
@@ -472,6 +472,12 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         except (ObjectCorrupt, ObjectNotFound):
             same = (one for one in candidates if Digest.of(encode_manifest(name, one)) == digest)
             return next(same, None)
+
+    def _is_gone(self, digest: Digest) -> bool:
+        try:
+            return digest not in self.store
+        except OSError:  # nobody can look just now; it was put a moment ago
+            return False
 
     def _manifest(self, digest: Digest) -> Manifest:
         return parse_manifest(digest.short, read_object(self.store, digest))
