@@ -2,8 +2,8 @@
 arXiv:2402.05859, section 3.2)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
@@ -18,6 +18,7 @@ from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
 from adaptlib.experts.sparse import SparseDelta
+from adaptlib.training.hooks import Hook, hooked
 from adaptlib.training.loop import run_learner
 from adaptlib.training.modules import Linear
 from adaptlib.training.options import TrainOptions
@@ -98,18 +99,10 @@ class GateLearner(Learner):
     def parameters(self) -> list[Tensor]:
         return list(self.values.values())
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        hooks = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def installed(self) -> AbstractContextManager[None]:
+        return hooked(self.modules, self._hook)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, name: str) -> Hook:
         gate, update = self.values[name], self.updates[name]
 
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -3,8 +3,8 @@ router that is trained on them."""
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import final
 
 import torch
@@ -17,6 +17,7 @@ from adaptlib.experts.lora import LoRADelta
 from adaptlib.routing.mope import MoPE
 from adaptlib.routing.per_task import check_heads, shares
 from adaptlib.training.encode import IGNORED, Batch
+from adaptlib.training.hooks import Hook, hooked
 from adaptlib.training.modules import Linear, shape_of
 from adaptlib.training.options import TrainOptions
 from adaptlib.training.trainee import Learner
@@ -116,18 +117,10 @@ class Skills(Learner):
     def _skills(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()] if self.trained else []
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        hooks = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def installed(self) -> AbstractContextManager[None]:
+        return hooked(self.modules, self._hook)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, name: str) -> Hook:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].unflatten(0, (len(self.batch.rows), -1)) if args[0].ndim == 2 else args[0]
             return output + self.update(name, x.float()).view_as(output).to(output.dtype)

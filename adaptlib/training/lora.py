@@ -1,8 +1,8 @@
 """LoRA while it is trained (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import final
 
 import torch
@@ -13,6 +13,7 @@ from adaptlib.errors import UsageError
 from adaptlib.experts.delta import Delta
 from adaptlib.experts.expert import Expert
 from adaptlib.experts.lora import LoRADelta
+from adaptlib.training.hooks import Hook, hooked
 from adaptlib.training.modules import Linear, shape_of
 from adaptlib.training.options import TrainOptions
 from adaptlib.training.trainee import Trainee
@@ -70,18 +71,10 @@ class LoRATrainee(Trainee):
     def parameters(self) -> list[Tensor]:
         return [*self.a.values(), *self.b.values()]
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        hooks = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def installed(self) -> AbstractContextManager[None]:
+        return hooked(self.modules, self._hook)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, name: str) -> Hook:
         a, b = self.a[name], self.b[name]
 
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
