@@ -7,6 +7,7 @@ import typer
 
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption, words
+from .suggest import closest, unknown
 
 EXAMPLES = (
     "adaptlib bench papers --data tasks/ --out bench",
@@ -55,11 +56,10 @@ def bench(
     if what != "papers":
         raise UsageError(f"bench knows papers; got {what!r}", hint="adaptlib bench papers")
     chosen = tuple(words(only))
-    if unknown := [name for name in chosen if name not in {*SYSTEMS, *FEW_SHOT}]:
-        raise UsageError(
-            f"no method {unknown[0]!r}; there are: {', '.join([*SYSTEMS, *FEW_SHOT])}",
-            hint="--only arrow,uniform",
-        )
+    known = dict.fromkeys((*SYSTEMS, *FEW_SHOT))
+    if strange := [name for name in chosen if name not in known]:
+        meant = closest(strange[0], known) or "arrow,uniform"
+        raise UsageError(unknown("method", strange[0], known), hint=f"--only {meant}")
     if min(rows, epochs, score_rows, shots, shot_epochs) < 1:
         raise UsageError("rows, epochs and shots are 1 or more", hint="leave them out")
     if report is not None and not report.absolute().parent.is_dir():

@@ -11,6 +11,7 @@ from . import out
 from . import route_options as flags
 from .options import JsonOption, LibraryOption, QuietOption, words
 from .selection import one_base, select
+from .suggest import check_choice
 
 if TYPE_CHECKING:
     from adaptlib.evaluation import Subject
@@ -155,20 +156,12 @@ def _check(
     html: Path | None,
 ) -> None:
     """UsageError for words that mean nothing, before torch is imported."""
-    import difflib
-
     from adaptlib.errors import UsageError
     from adaptlib.paths import check_path
 
     for name in measured:
-        if name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=1)
-            raise UsageError(
-                f"no metric {name!r}; there are: {', '.join(METRICS)}",
-                hint=f"--metric {close[0] if close else 'exact_match'}",
-            )
-    if split not in ("train", "valid", "test"):
-        raise UsageError(f"--split is train, valid or test; got {split!r}", hint="--split test")
+        check_choice("--metric", name, METRICS)
+    check_choice("--split", split, ("train", "valid", "test"))
     for option, count in (("--rows", rows), ("--batch-size", batch_size)):
         if count is not None and count < 1:
             raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 50")
@@ -199,24 +192,9 @@ def _expanded(opened: "Library", names: list[str]) -> list[str]:
 def _tasks(sources: list[str] | None) -> "list[Task]":
     """The tasks, in the order of their names; NotFoundError with a near name for one that a folder
     does not have."""
-    import difflib
-
-    from adaptlib.errors import NotFoundError
-
     from .train_library import read_all
 
     paths = [one.strip() for source in sources or [] for one in source.split(",") if one.strip()]
-    for path in paths:
-        parent = Path(path).parent
-        if not Path(path).exists() and parent.is_dir() and "://" not in path:
-            there = [p.name for p in parent.iterdir()]
-            close = difflib.get_close_matches(Path(path).name, there, n=1, cutoff=0.5)
-            raise NotFoundError(
-                f"there is no task file and no folder {path}",
-                hint=f"did you mean {parent / close[0]}?"
-                if close
-                else "--tasks, files or a folder",
-            )
     return [task for _, task in sorted(read_all(paths, "input", "output", 0.0).items())]
 
 

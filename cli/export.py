@@ -7,6 +7,7 @@ import typer
 
 from . import out
 from .options import JsonOption, LibraryOption, QuietOption
+from .suggest import check_choice
 
 if TYPE_CHECKING:
     from adaptlib.experts.library import Library
@@ -46,8 +47,7 @@ def export(
     from adaptlib.errors import ConflictError, UsageError
     from adaptlib.experts.library import Library
 
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype is {', '.join(DTYPES)}; got {dtype!r}", hint="--dtype bfloat16")
+    check_choice("--dtype", dtype, DTYPES)
     if not merged_base and (model is not None or dtype is not None):
         option = "--model" if model is not None else "--dtype"
         raise UsageError(f"{option} is for whole models", hint=f"{option} ... --merged-base")

@@ -9,6 +9,7 @@ from . import out
 from . import route_options as flags
 from .options import JsonOption, LibraryOption, QuietOption, words
 from .selection import one_base, select
+from .suggest import check_choice
 
 if TYPE_CHECKING:
     from adaptlib.experts import Expert
@@ -73,12 +74,8 @@ def route(
         raise UsageError(
             f"--temperature is more than 0; got {temperature:g}", hint="--temperature 1"
         )
-    if mix not in ("outputs", "factors"):
-        raise UsageError(f"--mix is outputs or factors; got {mix!r}", hint="--mix outputs")
-    if scope not in (None, "token", "sequence", "prompt"):
-        raise UsageError(
-            f"--scope is token, sequence or prompt; got {scope!r}", hint="--scope prompt"
-        )
+    check_choice("--mix", mix, ("outputs", "factors"))
+    check_choice("--scope", scope, ("token", "sequence", "prompt"))
     if threshold is not None and calibrate is not None:
         raise UsageError("--calibrate finds the threshold", hint="leave out --threshold")
     _check_files(plot, html)

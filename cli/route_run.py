@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from . import out
+from .suggest import closest, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +58,8 @@ def check(words: str, given: Mapping[str, Any]) -> None:
 
     name, _, which = words.partition(":")
     if name not in ROUTERS:
-        raise UsageError(
-            f"no router {name!r}; there are: {', '.join(ROUTERS)}", hint="--router arrow"
-        )
+        meant = closest(name, ROUTERS) or "arrow"
+        raise UsageError(unknown("router", name, ROUTERS), hint=f"--router {meant}")
     takes = inspect.signature(ROUTERS[name].fit).parameters
     if ("expert" in takes) != bool(which):
         raise UsageError(

@@ -1,7 +1,8 @@
 """Did you mean: the nearest of the words that are known."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -23,5 +24,35 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return starts[0] if len(starts) == 1 else None
 
 
+def near_file(path: str) -> str:
+    """`; did you mean X?` for what is there beside a path that is not."""
+    wanted = Path(path)
+    if not wanted.parent.is_dir():
+        return ""
+    there = [one.name for one in wanted.parent.iterdir()]
+    close = difflib.get_close_matches(wanted.name, there, n=1, cutoff=0.5)
+    return f"; did you mean {wanted.parent / close[0]}?" if close else ""
+
+
 def _form(word: str) -> str:
     return word.lower().replace("-", "_")
+
+
+def unknown(noun: str, word: str, known: Iterable[str]) -> str:
+    """`no router 'arow'; did you mean arrow? There are: ...`"""
+    known = [*known]
+    there = f"here are: {', '.join(known)}"
+    close = near(word, known)
+    return f"no {noun} {word!r}{close} T{there}" if close else f"no {noun} {word!r}; t{there}"
+
+
+def check_choice(option: str, value: str | None, known: Sequence[str]) -> None:
+    """UsageError where an option's value is none of those that it knows."""
+    if value is None or value in known:
+        return
+    from adaptlib.errors import UsageError
+
+    raise UsageError(
+        f"{option} is one of {', '.join(known)}; got {value!r}{near(value, known)}",
+        hint=f"{option} {closest(value, known) or known[0]}",
+    )

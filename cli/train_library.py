@@ -8,6 +8,7 @@ import typer
 from . import out
 from . import training_options as flags
 from .options import JsonOption, LibraryOption, QuietOption
+from .suggest import near_file
 
 if TYPE_CHECKING:
     from adaptlib.experts import Library
@@ -161,7 +162,10 @@ def read_all(
     for source in sources:
         folder = Path(source).is_dir()
         if not (folder or Path(source).exists() or source.startswith("hf://") or source == "-"):
-            raise NotFoundError(f"there is no task file and no folder {source}")
+            raise NotFoundError(
+                f"there is no task file and no folder {source}{near_file(source)}",
+                hint="a folder of task files, or files: adaptlib train-library tasks/",
+            )
         for task in read_tasks(source, **how).values() if folder else [read_task(source, **how)]:
             if task.name in found:
                 raise UsageError(

@@ -8,6 +8,7 @@ import typer
 from . import out
 from . import training_options as flags
 from .options import JsonOption, LibraryOption, QuietOption, words
+from .suggest import check_choice, closest, unknown
 
 if TYPE_CHECKING:
     from adaptlib.experts import Expert, Library
@@ -147,17 +148,15 @@ def train_router(
 
 def _check(router: str, name: str | None, source: str | None, mode: str) -> None:
     """UsageError for words that mean nothing, before torch is imported."""
-    import difflib
-
     from adaptlib.errors import UsageError
     from adaptlib.experts.names import expert_ref
     from adaptlib.experts.records import check_record_name
 
     if router not in ROUTERS:
-        close = difflib.get_close_matches(router, ROUTERS, n=1)
+        meant = closest(router, ROUTERS) or "mhr"
         raise UsageError(
-            f"no router {router!r} that is trained; there are: {', '.join(ROUTERS)}",
-            hint=f"did you mean {close[0]}?" if close else "adaptlib train-router mhr TASKS",
+            f"{unknown('router', router, ROUTERS)}; the others are not trained",
+            hint=f"adaptlib train-router {meant} TASKS",
         )
     if router == "phatgoose":
         return
@@ -165,8 +164,7 @@ def _check(router: str, name: str | None, source: str | None, mode: str) -> None
         raise UsageError(f"router {router} wants a name to be kept under", hint="--name NAME")
     check_record_name("routers", name)
     expert_ref(name)
-    if mode not in MODES:
-        raise UsageError(f"--mode is {', '.join(MODES)}; got {mode!r}", hint="--mode mu")
+    check_choice("--mode", mode, MODES)
     if source is not None and router == "mope":
         raise UsageError(
             "--from is for routers by task, which take a new task without the others",

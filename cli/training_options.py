@@ -12,6 +12,7 @@ import typer
 from . import out
 from .options import words
 from .selection import one_base
+from .suggest import check_choice
 
 if TYPE_CHECKING:
     from adaptlib.experts import Library
@@ -102,8 +103,8 @@ def train_options(flags: Mapping[str, Any]) -> "TrainOptions":
 
     import torch
 
-    from adaptlib.errors import UsageError
     from adaptlib.training import SELECTIONS, TrainOptions
+    from adaptlib.training.options import SCHEDULES
 
     names = [field.name for field in fields(TrainOptions)]
     given = {name: flags[name] for name in names if flags.get(name) is not None}
@@ -111,16 +112,10 @@ def train_options(flags: Mapping[str, Any]) -> "TrainOptions":
         given["target"] = _targets(given["target"])
     if "dtype" in given:
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        if given["dtype"] not in known:
-            raise UsageError(
-                f"--dtype is {', '.join(known)}; got {given['dtype']!r}", hint="--dtype bfloat16"
-            )
+        check_choice("--dtype", given["dtype"], [*known])
         given["dtype"] = known[given["dtype"]]
-    if given.get("selection", "sensitivity") not in SELECTIONS:
-        raise UsageError(
-            f"no selection {given['selection']!r}; there are: {', '.join(SELECTIONS)}",
-            hint="--selection sensitivity",
-        )
+    check_choice("--selection", given.get("selection"), [*SELECTIONS])
+    check_choice("--schedule", given.get("schedule"), SCHEDULES)
     return TrainOptions(**given)
 
 
@@ -134,11 +129,9 @@ def _targets(values: list[str]) -> tuple[str, ...]:
 
 def check_kind(kind: str) -> None:
     """UsageError where there is no such kind of training."""
-    from adaptlib.errors import UsageError
     from adaptlib.training import KINDS
 
-    if kind not in KINDS:
-        raise UsageError(f"--kind is {', '.join(KINDS)}; got {kind!r}", hint="--kind lora")
+    check_choice("--kind", kind, [*KINDS])
 
 
 def unused(kind: str, flags: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Files as plain records: where each is, and its columns. What they mean is up to `readers`."""
 
 import csv
+import difflib
 import io
 import json
 import re
@@ -29,7 +30,13 @@ def file_records(path: Path) -> Iterator[Record]:
             f"{path} is a directory, not a task", hint=f"give one of its files: {path / '*.jsonl'}"
         )
     if not path.is_file():
-        raise NotFoundError(f"there is no task file {path}")
+        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+        raise NotFoundError(
+            f"there is no task file {path}"
+            + (f"; did you mean {path.parent / close[0]}?" if close else ""),
+            hint=f"a file of {', '.join(FORMATS)}, or - for JSON lines on stdin",
+        )
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         wanted = ", ".join(FORMATS)

@@ -243,6 +243,85 @@ def test_a_wrong_command_changes_nothing(
     assert state(library) == before
 
 
+MEANT: list[tuple[str, int, str, str]] = [  # (words, code, what was meant, what to type next)
+    ("rout", 2, "route", "adaptlib --help"),
+    ("remvoe poems", 2, "remove", "adaptlib --help"),
+    ("help verfy", 2, "verify", "adaptlib --help"),
+    ("route --promt x", 2, "--prompt", "adaptlib route --help"),
+    ("ls --qiet", 2, "--quiet", "adaptlib ls --help"),
+    ("show pomes", 3, "poems", "adaptlib list"),
+    ("route --prompt x --router arow", 2, "arrow", "--router arrow"),
+    ("route --prompt x --compare uniform,arrwo", 2, "arrow", "--router arrow"),
+    ("route --prompt x --mix outputz", 2, "outputs", "--mix outputs"),
+    ("route --prompt x --scope tokens", 2, "token", "--scope token"),
+    ("eval --tasks x --router arow", 3, "", "adaptlib train-library tasks/"),
+    ("eval --tasks x --metric rougel", 2, "rouge_l", "--metric rouge_l"),
+    ("eval --tasks x --split tests", 2, "test", "--split test"),
+    ("merge poems sums --method tis", 2, "ties", "adaptlib merge --methods"),
+    ("merge poems --kind lra", 2, "lora", "--kind lora"),
+    ("cluster --method hdbcan", 2, "hdbscan", "--method hdbscan"),
+    ("cluster --features sketch", 2, "sketches", "--features sketches"),
+    ("train x --base b --kind spars", 2, "sparse", "--kind sparse"),
+    ("train tasks/sum.jsonl --base b", 3, "tasks/sums.jsonl", ""),
+    ("train-library tasks/sum.jsonl --base b", 3, "tasks/sums.jsonl", ""),
+    ("train-router mrh x --name y", 2, "mhr", "adaptlib train-router mhr TASKS"),
+    ("bench papers --data x --only arow", 2, "arrow", "--only arrow"),
+    ("export poems out --format pft", 2, "peft", "--format peft"),
+    ("schema lits", 3, "list", "adaptlib schema"),
+    ("completion bsh", 2, "bash", "adaptlib completion bash"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "meant", "hint"), MEANT, ids=lambda v: str(v)[:50])
+def test_a_near_word_is_said(
+    run: Any, library: Library, tmp_path: Path, line: str, code: int, meant: str, hint: str
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.jsonl").write_text("")
+    before = state(library)
+    result = run(*line.split())
+    assert result.code == code, result.err
+    assert f"did you mean {meant}?" in result.err or not meant
+    assert f"Next: {hint}" in result.err or not hint or hint in result.err
+    assert result.err.count("did you mean") == bool(meant)
+    assert state(library) == before
+
+
+def test_where_nothing_is_near_it_is_said_what_there_is(run: Any, library: Library) -> None:
+    for line, there in {
+        "xyzzy": "init, add, list",
+        "schema xyzzy": "cluster-diff",
+        "route --prompt x --router xyzzy": "phatgoose",
+        "merge poems sums --method xyzzy": "task_arithmetic",
+        "cluster --method xyzzy": "agglomerative",
+        "completion xyzzy": "bash, zsh, fish",
+        "export poems out --format xyzzy": "peft, adaptlib",
+    }.items():
+        result = run(*line.split())
+        assert result.code in (2, 3)
+        assert there in result.err
+        assert "did you mean" not in result.err
+
+
+def test_options_on_the_wrong_side_of_a_command(run: Any, library: Library) -> None:
+    result = run("--json", "list")
+    assert (result.code, result.out) == (2, "")
+    assert "--json comes after the command" in result.err
+    assert "adaptlib list --json" in result.err
+
+
+def test_what_is_missing_is_said_with_an_example(run: Any) -> None:
+    for line, what, example in (
+        ("add", "SOURCE", "adaptlib add ./my-lora --name sql  (adaptlib add --help)"),
+        ("route", "--prompt", "adaptlib route --prompt"),
+        ("diff poems", "b", "adaptlib diff sql:v1 sql:v2"),
+    ):
+        result = run(*line.split())
+        assert result.code == 2
+        assert what in result.err.splitlines()[0]
+        assert example in result.err
+
+
 def test_an_empty_library_is_said(run: Any) -> None:
     run("init")
     for words in (["route", "--prompt", "a"], ["cluster"]):
