@@ -57,6 +57,16 @@ def held(path: Path, *, wait: float = WAIT) -> Iterator[Lock]:
         _release(lock)
 
 
+def look(path: Path) -> tuple[str, float, bool] | None:
+    """Who holds the lock at `path`, for how many seconds, and whether a waiter would take it over;
+    None where nobody holds it."""
+    holder, seen = _holder(path), _files.status(path)
+    if seen is None:
+        return None
+    age = max(0.0, _process.clock() - seen.mtime_ns / 1e9)
+    return _named(holder), age, _is_stale(seen, holder, _process.identity()[0])
+
+
 def _release(lock: Lock) -> None:
     try:
         lock.confirm()
@@ -84,10 +94,13 @@ def _acquire(lock: Lock, machine: str, *, deadline: float) -> None:
         if _is_stale(seen, holder, machine) and _take_away(path, seen):
             continue
         if time.monotonic() >= deadline:
-            who = "an unknown process" if holder is None else f"process {holder[1]} on {holder[0]}"
             hint = f"wait for it; if it is surely gone, remove {path}"
-            raise StoreLocked(f"{path} is held by {who}", hint=hint)
+            raise StoreLocked(f"{path} is held by {_named(holder)}", hint=hint)
         _process.pause(random.uniform(0.001, 0.010))
+
+
+def _named(holder: tuple[str, int] | None) -> str:
+    return "an unknown process" if holder is None else f"process {holder[1]} on {holder[0]}"
 
 
 def _holder(path: Path) -> tuple[str, int] | None:
