@@ -11,6 +11,7 @@ from adaptlib.experts.names import PINS, RECORDS, RESERVED
 from adaptlib.experts.references import children
 from library_store import (
     Digest,
+    InvalidDigest,
     ObjectCorrupt,
     ObjectNotFound,
     Problem,
@@ -49,6 +50,17 @@ def view_object(store: Store, digest: Digest) -> memoryview:
     """`read_object`, mapped."""
     with _explained(store, digest):
         return store.view(digest)
+
+
+def refuse_lost(store: Store, text: str) -> None:
+    """CorruptError where `text` is a whole digest that something in the library needs, and which is
+    not there: it is no slip of whoever typed it."""
+    try:
+        digest = Digest.parse(text if ":" in text else f"sha256:{text}")
+    except InvalidDigest:
+        return
+    if digest not in store and users(store, digest):
+        read_object(store, digest)
 
 
 @contextmanager
