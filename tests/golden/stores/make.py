@@ -126,10 +126,14 @@ def save(library: Any) -> list[str]:
 
         save_clustering(library, "mine", cluster(held, k=1))
     except ImportError:
-        document = {
+        document = {  # as `adaptlib cluster --save` wrote it then
+            "schema": "adaptlib.clustering/1",
+            "method": "mbc",
             "k": 1,
-            "experts": {name: library.digest(name) for name in held},
+            "seed": 0,
+            "features": "factors",
             "clusters": {"0": sorted(held)},
+            "experts": {name: library.digest(name) for name in held},
         }
         try:
             from adaptlib.experts.records import save_record
