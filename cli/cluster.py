@@ -22,7 +22,14 @@ from .cluster_run import (
     meter,
     unused,
 )
-from .options import JsonOption, LibraryOption, QuietOption, words
+from .options import (
+    JsonOption,
+    LibraryOption,
+    PlainOption,
+    QuietOption,
+    check_formats,
+    words,
+)
 from .selection import about, expand, one_base_of, select
 
 if TYPE_CHECKING:
@@ -94,6 +101,7 @@ def cluster(
         float | None,
         typer.Option(help=f"The cosine from which they are one; {THRESHOLD} if not said."),
     ] = None,
+    plain: PlainOption = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -113,7 +121,9 @@ def cluster(
         threshold=threshold,
         duplicates=duplicates,
     )
-    which: Any = {"experts": words(experts), "base": only_base, "json": json, "quiet": quiet}
+    check_formats(json=json, plain=plain)
+    which: Any = {"experts": words(experts), "base": only_base}
+    which |= {"json": json, "plain": plain, "quiet": quiet}
     if duplicates:
         _alone("--duplicates", {"diff": diff, "assign": assign} | given | made)
         _duplicates(_open(library), threshold or THRESHOLD, **which)
@@ -140,12 +150,13 @@ def _cluster(
     experts: list[str],
     base: str | None,
     json: bool,
+    plain: bool,
     quiet: bool,
 ) -> None:
     names = select(opened, experts, base)
     known = about(opened, names)
     one_base_of(known)
-    found = clustered(opened, names, how(given, len(names)), quiet=json or quiet)
+    found = clustered(opened, names, how(given, len(names)), quiet=json or plain or quiet)
     labels = labels_of(found.clusters, known)
     fields = fields_of(found, labels)
     cards = {name: one.card for name, one in known.items()}
@@ -167,6 +178,10 @@ def _cluster(
     if json:
         out.document("cluster", **fields)
         return
+    if plain:
+        held = [(one, label) for label, group in found.clusters.items() for one in group]
+        out.plain_table(("name", "cluster"), [*held, *((one, None) for one in found.outliers)])
+        return
     if quiet:
         view.print_names(found.clusters)
         return
@@ -187,6 +202,7 @@ def _assign(
     experts: list[str],
     base: str | None,
     json: bool,
+    plain: bool,
     quiet: bool,
 ) -> None:
     """Put experts that the saved clustering lacks into its nearest clusters."""
@@ -201,6 +217,10 @@ def _assign(
         save_clustering(opened, save, grown_.clustering, digests=grown_.digests, labels=labels)
     if json:
         out.document("cluster", **fields_of(grown_.clustering, labels), assigned=rows)
+        return
+    if plain:
+        columns = ("name", "cluster", "cosine")
+        out.plain_table(columns, [[row[key] for key in columns] for row in rows])
         return
     if quiet:
         for row in rows:
@@ -221,17 +241,21 @@ def _diff(
     experts: list[str],
     base: str | None,
     json: bool,
+    plain: bool,
     quiet: bool,
 ) -> None:
     """What became of the clusters of one saved clustering in another, or now."""
     found, labels = difference(
-        opened, which, given, expand(opened, experts), base, quiet=json or quiet
+        opened, which, given, expand(opened, experts), base, quiet=json or plain or quiet
     )
     if json:
         import msgspec
 
         fields = msgspec.to_builtins(found)
         out.document("cluster-diff", before=which[0], after=which[1], same=found.same, **fields)
+    elif plain:
+        moves = [(move.name, move.before, move.after) for move in found.moved]
+        out.plain_table(("name", "before", "after"), moves)
     elif quiet:
         for move in found.moved:
             out.line(move.name)
@@ -246,6 +270,7 @@ def _duplicates(
     experts: list[str],
     base: str | None,
     json: bool,
+    plain: bool,
     quiet: bool,
 ) -> None:
     """Experts that are one expert, by their updates; also one expert by two names."""
@@ -256,7 +281,7 @@ def _duplicates(
     from adaptlib.clustering.duplicates import near_duplicates
     from adaptlib.experts.sketches import sketches
 
-    table = sketches(opened, names, progress=meter("Sketches", quiet=json or quiet))
+    table = sketches(opened, names, progress=meter("Sketches", quiet=json or plain or quiet))
     found = near_duplicates(
         table.names,
         table.rows,
@@ -273,6 +298,9 @@ def _duplicates(
                 {"names": one.names, "cosine": one.cosine, "copies": one.copies} for one in found
             ],
         )
+    elif plain:
+        pairs = [(number, name) for number, one in enumerate(found, 1) for name in one.names]
+        out.plain_table(("group", "name"), pairs)
     elif quiet:
         for one in found:
             out.line(" ".join(one.names))

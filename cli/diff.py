@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from . import out
-from .options import JsonOption, LibraryOption, QuietOption
+from .options import JsonOption, LibraryOption, PlainOption, QuietOption, check_formats
 
 EXAMPLES = ("adaptlib diff sql:v1 sql:v2", "adaptlib diff poems stories --json")
 
@@ -13,6 +13,7 @@ EXAMPLES = ("adaptlib diff sql:v1 sql:v2", "adaptlib diff poems stories --json")
 def diff(
     a: Annotated[str, typer.Argument(help="An expert.")],
     b: Annotated[str, typer.Argument(help="Another.")],
+    plain: PlainOption = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -20,6 +21,7 @@ def diff(
     """Compare two experts by module: size of each update and the cosine between them."""
     from adaptlib.experts.library import Library
 
+    check_formats(json=json, plain=plain)
     opened = Library.open(library)
     same = opened.digest(a) == opened.digest(b)
     first, second = opened.manifest(a), opened.manifest(b)
@@ -45,6 +47,10 @@ def diff(
             card=cards,
             modules=modules,
         )
+        return
+    if plain:
+        columns = ("module", "status", "norm_a", "norm_b", "cosine")
+        out.plain_table(columns, [[entry[key] for key in columns] for entry in modules])
         return
     if same:
         out.line(f"{a} and {b} are one expert: {out.short(opened.digest(a))}")

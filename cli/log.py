@@ -5,13 +5,14 @@ from typing import Annotated
 import typer
 
 from . import out
-from .options import JsonOption, LibraryOption, QuietOption
+from .options import JsonOption, LibraryOption, PlainOption, QuietOption, check_formats
 
-EXAMPLES = ("adaptlib log sql", "adaptlib log sql --json")
+EXAMPLES = ("adaptlib log sql", "adaptlib log sql --plain")
 
 
 def log(
     name: Annotated[str, typer.Argument(help="A name, there or removed.")],
+    plain: PlainOption = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -19,6 +20,7 @@ def log(
     """Show who moved a name, when, from what to what. Newest first."""
     from adaptlib.experts.library import Library
 
+    check_formats(json=json, plain=plain)
     opened = Library.open(library)
     entries = opened.log(name)[::-1]
     if not entries:
@@ -37,6 +39,11 @@ def log(
                 }
                 for entry in entries
             ],
+        )
+    elif plain:
+        out.plain_table(
+            ("when", "ref", "old", "new", "reason"),
+            [(one.when, one.ref, one.old, one.new, one.reason) for one in entries],
         )
     elif quiet:
         for entry in entries:

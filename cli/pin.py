@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from . import out
-from .options import JsonOption, LibraryOption, QuietOption
+from .options import JsonOption, LibraryOption, PlainOption, QuietOption, check_formats
 
 EXAMPLES = {
     "pin": ("adaptlib pin sql", "adaptlib pin sql:v1 --label paper", "adaptlib pin"),
@@ -21,6 +21,7 @@ def pin(
     label: Annotated[
         str | None, typer.Option(help="What to call the pin; else the digest's first 12 digits.")
     ] = None,
+    plain: PlainOption = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -29,10 +30,11 @@ def pin(
     from adaptlib.errors import UsageError
     from adaptlib.experts.catalog import Catalog
 
+    check_formats(json=json, plain=plain)
     if name is None:
         if label is not None:
             raise UsageError("--label names a pin; say what to pin", hint="adaptlib pin NAME")
-        _list(Catalog.open(library).pins(), json=json, quiet=quiet)
+        _list(Catalog.open(library).pins(), json=json, plain=plain, quiet=quiet)
         return
     from adaptlib.experts.library import Library
 
@@ -42,6 +44,8 @@ def pin(
     if json:
         entry = {"label": made, "digest": digest, "new": made not in known}
         out.document("pin", pins=[entry])
+    elif plain:
+        out.plain_table(("label", "digest"), [(made, digest)])
     elif quiet:
         out.line(made)
     else:
@@ -65,10 +69,12 @@ def unpin(
         out.line(f"Unpinned  {label}  {out.short(digest)}")
 
 
-def _list(pins: dict[str, str], *, json: bool, quiet: bool) -> None:
+def _list(pins: dict[str, str], *, json: bool, plain: bool, quiet: bool) -> None:
     if json:
         entries = [{"label": one, "digest": digest, "new": False} for one, digest in pins.items()]
         out.document("pin", pins=entries)
+    elif plain:
+        out.plain_table(("label", "digest"), pins.items())
     elif quiet:
         for one in pins:
             out.line(one)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import out
-from .options import JsonOption, LibraryOption, QuietOption
+from .options import JsonOption, LibraryOption, PlainOption, QuietOption, check_formats
 
 if TYPE_CHECKING:
     from library_store import Problem
@@ -30,6 +30,7 @@ def verify(
             "--repair", help="Move what is damaged to quarantine/; put intact copies back."
         ),
     ] = False,
+    plain: PlainOption = False,
     library: LibraryOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -45,6 +46,7 @@ def verify(
     if quick and (deep or repair):
         other = "--deep" if deep else "--repair"
         raise UsageError(f"--quick does not read weights; {other} has to", hint="leave one out")
+    check_formats(json=json, plain=plain)
     opened = Library.open(library)
     moved: list[str] = []
     back: list[str] = []
@@ -59,6 +61,10 @@ def verify(
     if json:
         lists = {"quarantined": moved, "repaired": back, "mended": mended}
         out.document("verify", checked=report.checked, problems=problems, **lists)
+    elif plain:
+        columns = ("kind", "digest", "experts", "detail", "hint")
+        rows = [one | {"experts": ",".join(one["experts"])} for one in problems]
+        out.plain_table(columns, [[row[key] for key in columns] for row in rows])
     else:
         for digest in moved:
             out.line(f"Moved to quarantine/  {out.short(digest)}")

@@ -321,7 +321,8 @@ def test_logs_are_read_only_for_who_asks(run: Any, many: Library, monkeypatch: A
 def test_clusters_are_fields(run: Any, many: Library) -> None:
     def save(name: str, clusters: dict[str, list[str]]) -> None:
         held = {one: many.digest(one) for group in clusters.values() for one in group}
-        document = {"schema": "adaptlib.clustering/1", "clusters": clusters, "experts": held}
+        made = {"schema": "adaptlib.clustering/1", "method": "mbc", "k": 2, "features": "sketches"}
+        document = {**made, "clusters": clusters, "experts": held}
         save_record(many.store, "clusterings", name, document)
 
     none = run("list", "--filter", "cluster=0")
@@ -431,3 +432,59 @@ def test_wide_characters_take_two_columns() -> None:
     lines = lay_out([("A", "left"), ("B", "left")], [("日本", "x"), ("abcd", "y")], 80)
     assert [line.index(end) for line, end in zip(lines[1:], "xy", strict=True)] == [4, 6]
     assert lay_out([("A", "cut")], [("日本" * 10,)], 9) == ["A", "日本日.."]
+
+
+# --- other tables for programs -----------------------------------------------------------------
+
+
+def table(result: Any, code: int = 0) -> list[dict[str, str]]:
+    assert (result.code, result.err) == (code, "")
+    heading, *lines = (line.split("\t") for line in result.out.splitlines())
+    return [dict(zip(heading, line, strict=True)) for line in lines]
+
+
+def test_tables_say_what_the_documents_say(run: Any, library: Library, tmp_path: Path) -> None:
+    library.tag("poems", "poems:v1")
+    moves = run("log", "poems", "--json").document["entries"]
+    shown = table(run("log", "poems", "--plain"))
+    assert shown == [{key: move[key] or "" for key in shown[0]} for move in moves]
+    modules = run("diff", "poems", "team/sql:v1", "--json").document["modules"]
+    shown = table(run("diff", "poems", "team/sql:v1", "--plain"))
+    assert [float(one["cosine"]) for one in shown] == [one["cosine"] for one in modules]
+    library.pin("poems", "kept")
+    digest = library.digest("poems")
+    assert table(run("pin", "--plain")) == [{"label": "kept", "digest": digest}]
+    assert table(run("pin", "sums", "--label", "s", "--plain"))[0]["label"] == "s"
+    assert table(run("verify", "--plain")) == []
+    damaged = next((tmp_path / "library" / "objects").rglob("*/*/*"))
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"nothing")
+    problems = run("verify", "--json").document["problems"]
+    shown = table(run("verify", "--plain"), code=4)
+    assert [(one["kind"], one["digest"]) for one in shown] == [
+        (one["kind"], one["digest"] or "") for one in problems
+    ]
+
+
+def test_clusters_as_tables(run: Any, library: Library) -> None:
+    options = ("--k", "2", "--seed", "1", "--save", "mine")
+    clusters = run("cluster", *options, "--json").document["clusters"]
+    shown = table(run("cluster", "--k", "2", "--seed", "1", "--plain"))
+    assert shown == [
+        {"name": name, "cluster": label} for label, names in clusters.items() for name in names
+    ]
+    assert table(run("cluster", "--duplicates", "--plain"))[:2] == [
+        {"group": "1", "name": "best"},
+        {"group": "1", "name": "poems"},
+    ]
+    assert table(run("cluster", "--diff", "mine", "now", "--plain")) == []
+    assert table(run("cluster", "--assign", "mine", "--plain")) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["log poems", "diff poems sums", "verify", "pin", "cluster", "doctor", "config", "list"]
+)
+def test_two_forms_at_once_are_usage(run: Any, library: Library, line: str) -> None:
+    result = run(*line.split(), "--plain", "--json")
+    assert (result.code, result.out) == (2, "")
+    assert "two forms" in result.err
