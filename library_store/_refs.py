@@ -83,8 +83,11 @@ class RefFiles:
             try:
                 entries = _files.list_directory(directory)
             except OSError as error:
-                if above and _files.status(directory) is None:
+                if above and isinstance(error, FileNotFoundError):
                     continue  # the last tag in it was just removed
+                if above and isinstance(error, NotADirectoryError):  # and its name made a tag
+                    self._scan_file(above[:-1], above[-1], "file", found, problems)
+                    continue
                 problems.append(_problem("unreadable", f"{directory}: {error}"))
                 continue
             for name, kind in entries:

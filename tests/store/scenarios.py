@@ -1,6 +1,6 @@
 """What actors do to one store at the same time, and what must hold whatever the order."""
 
-from library_store import GcAborted, ObjectNotFound, Ref, RefConflict
+from library_store import GcAborted, LocalStore, ObjectNotFound, Ref, RefConflict
 from tests.store.schedule import Scenario
 from tests.store.steps import (
     HOUR,
@@ -129,6 +129,31 @@ PAIRS: dict[str, Scenario] = {
     ),
     "last tag, look": Scenario(
         kept, [move(A, None, PARENT), look], sound(succeeds(0, 1), logged), whole
+    ),
+    "a/b:c becomes a:b, look": Scenario(
+        lambda s: (old(s, LEAF, OTHER), move(Ref("team/a/b", "c"), LEAF)(s)),
+        [
+            both(move(Ref("team/a/b", "c"), None, LEAF), move(Ref("team/a", "b"), OTHER)),
+            look,
+        ],
+        sound(succeeds(0, 1)),
+        whole,
+    ),
+    "a:b becomes a/b:c, look": Scenario(
+        lambda s: (old(s, LEAF, OTHER), move(Ref("team/a", "b"), LEAF)(s)),
+        [
+            both(move(Ref("team/a", "b"), None, LEAF), move(Ref("team/a/b", "c"), OTHER)),
+            look,
+        ],
+        sound(succeeds(0, 1)),
+        whole,
+    ),
+    "last tag and another, look": Scenario(
+        kept,
+        [both(move(A, None, PARENT), put(OTHER), move(C, OTHER)), LocalStore.refs],
+        sound(succeeds(0, 1), logged),
+        whole,
+        switches=3,
     ),
     "a:b, a/b:c": Scenario(
         lambda s: old(s, LEAF, OTHER),

@@ -348,18 +348,18 @@ def one_more(course: Course) -> list[Schedule]:
 def explore(
     machine: Machine, scenario: Scenario, *, limit: int, seed: int
 ) -> tuple[int, bool, Course | None]:
-    """Play every schedule with less than `switches` switches; of those with so many, `limit`
-    chosen at random if there are more; and for three actors half as many with up to five.
+    """Play every schedule with one switch at most; of those with two, and then of those that have
+    one more, `limit` chosen at random if there are more; and for three actors half as many with up
+    to five switches.
 
-    Returns how many were played, whether none with `switches` was left out, and the first that
-    broke a promise.
+    Returns how many were played, whether none was left out, and the first that broke a promise.
     """
     generator = random.Random(seed)
     played, actors, switches = 0, len(scenario.actors), scenario.switches
     level, longest = begin(actors), 0
     complete = True
     for depth in range(switches + 1):
-        if depth == switches and len(level) > limit:
+        if depth >= 2 and len(level) > limit:
             level, complete = generator.sample(level, limit), False
         deeper: list[Schedule] = []
         for schedule in level:

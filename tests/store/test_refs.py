@@ -18,6 +18,7 @@ from library_store import (
     RefCorrupt,
     RefNotFound,
     StoreLocked,
+    _files,
     _lock,
     _process,
 )
@@ -60,6 +61,35 @@ def test_a_directory_that_vanishes_is_made_again(local, one, monkeypatch):
     monkeypatch.setattr(os, "replace", race)
     local.move(SQL, one, expect=None)
     assert local.ref(SQL) == one
+
+
+def test_a_directory_that_vanishes_and_is_back_is_no_damage(local, one, monkeypatch):
+    local.move(SQL, one, expect=None)
+    local.move(Ref("py"), one, expect=None)
+    listed = _files.list_directory
+
+    def gone(path):
+        if path.name == "sql":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(_files, "list_directory", gone)
+    assert local.refs() == {Ref("py"): one}
+
+
+def test_a_name_that_becomes_a_tag_while_it_is_listed_is_no_damage(local, one, monkeypatch):
+    local.move(Ref("a/b", "c"), one, expect=None)
+    listed = _files.list_directory
+
+    def moved(path):
+        if path.name == "b":
+            monkeypatch.setattr(_files, "list_directory", listed)
+            local.move(Ref("a/b", "c"), None, expect=one)
+            local.move(Ref("a", "b"), one, expect=None)
+        return listed(path)
+
+    monkeypatch.setattr(_files, "list_directory", moved)
+    assert local.refs() == {Ref("a", "b"): one}
 
 
 def test_empty_directories_of_a_crash_hold_no_name(local, one):
