@@ -22,6 +22,10 @@ def document(command: str, **fields: Any) -> None:
     text = msgspec.json.format(msgspec.json.encode(body), indent=2).decode()
     if not _is_utf8(sys.stdout.encoding):
         text = re.sub(r"[^\x00-\x7f]", _json_escape, text)
+    elif not text.replace("\n", "").isprintable():  # a terminal obeys more than JSON must escape
+        text = re.sub(
+            r"[^\x20-\x7e\n]", lambda m: m[0] if m[0].isprintable() else _json_escape(m), text
+        )
     sys.stdout.write(text + "\n")
 
 

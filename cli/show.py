@@ -12,6 +12,7 @@ from . import out
 from .merge_view import is_merged, recipe_lines
 from .options import JsonOption, LibraryOption, QuietOption
 
+SHOWN = 2000  # characters of a card's field; --json has it whole
 EXAMPLES = ("adaptlib show sql", "adaptlib show sql --json")
 
 
@@ -112,9 +113,9 @@ def _lines(key: str, value: Any) -> list[str]:
         return ["peft     imported from a PEFT adapter; its config is kept (--json shows it)"]
     if isinstance(value, dict):
         parts = [f"{k} {v}" for k, v in value.items() if not isinstance(v, dict | list)]
-        return [f"{key:<8} " + ", ".join(parts)] if parts else []
+        return [f"{key[:SHOWN]:<8} {out.cut(', '.join(parts), SHOWN)}"] if parts else []
     text = value if isinstance(value, str) else json_module.dumps(value)
-    return [f"{key:<8} {text}"] if value is not None else []
+    return [f"{key[:SHOWN]:<8} {out.cut(text, SHOWN)}"] if value is not None else []
 
 
 def _groups(modules: dict[str, Any]) -> list[list[str]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from library_store.digest import Digest
 
+LARGEST = 16 << 20  # bytes of a saved result that names are taken from
+
 if TYPE_CHECKING:
     from adaptlib.experts.catalog import Catalog
 
@@ -65,7 +67,11 @@ class Library:
         NumPy: what is wrong with one is said when it is used."""
         store = self.catalog().store
         found = self.names(start=kind)
-        return {name: json.loads(store.get(Digest(hexa))) for name, hexa in found.items()}
+        return {
+            name: json.loads(store.get(Digest(hexa)))
+            for name, hexa in found.items()
+            if store.size(Digest(hexa)) <= LARGEST
+        }
 
 
 def words(*known: str) -> Source:

@@ -1,7 +1,7 @@
 """Damage: who needs an object that cannot be read, and what to type to have it back."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,17 @@ def read_object(store: Store, digest: Digest) -> bytes:
     """The bytes of something that a name leads to. CorruptError says which experts need it;
     RefusedError where it is too large to be a manifest or a record."""
     with _explained(store, digest):
-        if (size := store.size(digest)) > MAX_OBJECT:
-            raise RefusedError(
-                f"object {digest.short} has {size:,} bytes; at most {MAX_OBJECT:,} are read of "
-                "what a name leads to"
-            )
-        return store.get(digest)
+        return read_parent(store, digest)
+
+
+def read_parent(store: Store, digest: Digest) -> bytes:
+    """The bytes of a manifest or a record. RefusedError where they are more than these have."""
+    if (size := store.size(digest)) > MAX_OBJECT:
+        raise RefusedError(
+            f"object {digest.short} has {size:,} bytes; at most {MAX_OBJECT:,} are read of what a "
+            "name leads to"
+        )
+    return store.get(digest)
 
 
 def view_object(store: Store, digest: Digest) -> memoryview:
@@ -101,7 +106,7 @@ def users(store: Store, digest: Digest) -> list[Ref]:
 def _children(store: Store, digest: Digest) -> frozenset[Digest]:
     """What an object refers to; nothing, where it cannot be read."""
     try:
-        return frozenset(children(digest, store.get(digest)))
+        return frozenset(children(digest, read_parent(store, digest)))
     except (StoreError, AdaptlibError, OSError, KeyError, TypeError, AttributeError):
         return frozenset()
 
@@ -109,8 +114,11 @@ def _children(store: Store, digest: Digest) -> frozenset[Digest]:
 # -- what to type ---------------------------------------------------------------------------------
 
 
-def next_command(store: Store, path: Path | None, problem: Problem) -> str:
-    """The command that does something about a problem; where it leaves a choice, both."""
+def next_command(
+    store: Store, path: Path | None, problem: Problem, refs: Collection[Ref] | None
+) -> str:
+    """The command that does something about a problem; where it leaves a choice, both. `refs` are
+    all that there are, None where they cannot be listed."""
     if problem.repairable:
         return REPAIR
     if problem.digest is None:
@@ -118,43 +126,40 @@ def next_command(store: Store, path: Path | None, problem: Problem) -> str:
             return _name_again(problem.refs[0])
         return problem.hint if problem.hint.startswith("mv ") else "adaptlib doctor"
     if problem.kind == "missing":
-        return bring_back(store, path, problem.digest, problem.refs)
+        return _bring_back(store, path, problem.refs, refs)
     if problem.kind == "unreadable" and not _can_read(store, problem.digest):
         return "adaptlib doctor"
-    return forget(store, problem.refs) or problem.hint
+    return forget(problem.refs, refs) or problem.hint
 
 
-def bring_back(store: Store, path: Path | None, digest: Digest, refs: Iterable[Ref]) -> str:
-    """What puts a missing object back, for the refs that need it."""
-    refs = tuple(refs)
-    experts = [ref for ref in refs if ref.name.split("/")[0] not in RESERVED]
-    if any(_is_bundled(store, ref, digest) for ref in experts):
+def _bring_back(
+    store: Store, path: Path | None, lacking: Collection[Ref], refs: Collection[Ref] | None
+) -> str:
+    """What puts a missing object back, for the refs that lack it."""
+    experts = [ref for ref in lacking if ref.name.split("/")[0] not in RESERVED]
+    if any(_is_bundled(store, ref) for ref in experts):
         here = "" if path is None or path == Path.cwd() / ".adaptlib" else f" {_quoted(path)}"
         return f"adaptlib init{here} --demo"
     for ref in experts:
         if (manifest := _manifest(store, ref)) and (source := _origin(manifest.card)):
             return f"adaptlib add {_quoted(source)} --name {ref} --replace{_said(manifest)}"
     if not experts:
-        return forget(store, refs)
+        return forget(lacking, refs)
     manifest = _manifest(store, experts[0])
     again = f"adaptlib add SOURCE --name {experts[0]} --replace{_said(manifest)}"
-    return f"{again}, or {forget(store, refs)}"
+    return f"{again}, or {forget(lacking, refs)}"
 
 
-def forget(store: Store, refs: Iterable[Ref]) -> str:
-    """What removes these refs and no other: `rm poems` would remove every tag of poems."""
-    refs = tuple(refs)
-    try:
-        others = [ref for ref in store.refs() if ref not in refs]
-    except (RefCorrupt, OSError):
-        others = []
+def forget(victims: Collection[Ref], refs: Collection[Ref] | None) -> str:
+    """What removes these of all refs: `rm poems` would remove every tag of poems."""
+    others = None if refs is None else {ref.name for ref in refs if ref not in victims}
     words: list[str] = []
-    for ref in refs:
-        alone = ref.tag != "latest" or all(other.name != ref.name for other in others)
+    for ref in victims:
+        alone = ref.tag != "latest" or (others is not None and ref.name not in others)
         if ref.name.split("/")[0] != PINS:
             words.append(str(ref) if alone else f"{ref.name}:{ref.tag}")
     commands = [f"adaptlib rm {' '.join(words)}"] if words else []
-    pins = [ref.name.removeprefix(f"{PINS}/") for ref in refs if ref.name.startswith(f"{PINS}/")]
+    pins = [ref.name.removeprefix(f"{PINS}/") for ref in victims if ref.name.startswith(f"{PINS}/")]
     return " && ".join([*commands, *(f"adaptlib unpin {label}" for label in pins)])
 
 
@@ -172,7 +177,7 @@ def _manifest(store: Store, ref: Ref) -> "Manifest | None":
     from adaptlib.experts.codec import parse_manifest
 
     try:
-        return parse_manifest(str(ref), store.get(store.ref(ref)))
+        return parse_manifest(str(ref), read_parent(store, store.ref(ref)))
     except (StoreError, AdaptlibError, OSError):
         return None
 
@@ -195,7 +200,7 @@ def _said(manifest: "Manifest | None") -> str:
     return "".join(f" --{k} {_quoted(text)}" for k, text in said.items() if isinstance(text, str))
 
 
-def _is_bundled(store: Store, ref: Ref, digest: Digest) -> bool:
+def _is_bundled(store: Store, ref: Ref) -> bool:
     """Whether a ref is at an expert of the bundle, by the name that it has there."""
     from adaptlib.experts.base import BUNDLE
 
@@ -208,8 +213,8 @@ def _is_bundled(store: Store, ref: Ref, digest: Digest) -> bool:
 
 def _can_read(store: Store, digest: Digest) -> bool:
     try:
-        store.get(digest)
-    except (StoreError, OSError):
+        read_parent(store, digest)
+    except (StoreError, AdaptlibError, OSError):
         return False
     return True
 

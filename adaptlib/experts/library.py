@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from adaptlib.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from adaptlib.errors import (
+    ConflictError,
+    CorruptError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from adaptlib.experts import index, sketches
 from adaptlib.experts.catalog import Catalog, is_digest
 from adaptlib.experts.codec import (
@@ -26,7 +32,7 @@ from adaptlib.experts.codec import (
     parse_manifest,
     unpack,
 )
-from adaptlib.experts.damage import forget, next_command, read_object, view_object
+from adaptlib.experts.damage import forget, next_command, read_object, read_parent, view_object
 from adaptlib.experts.index import Summary
 from adaptlib.experts.names import (
     PINS,
@@ -47,6 +53,7 @@ from library_store import (
     ObjectNotFound,
     Problem,
     Ref,
+    RefCorrupt,
     Repair,
     Report,
     Store,
@@ -361,19 +368,22 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         return dataclasses.replace(done, report=self._advised(done.report, deep=deep))
 
     def _advised(self, report: Report, *, deep: bool) -> Report:
+        refs: set[Ref] | None = None
+        with suppress(RefCorrupt, OSError):
+            refs = set(self.store.refs())
         problems = [
-            dataclasses.replace(problem, hint=next_command(self.store, self.path, problem))
+            dataclasses.replace(problem, hint=next_command(self.store, self.path, problem, refs))
             for problem in report.problems
         ]
         broken = {ref for problem in problems for ref in problem.refs}
-        for name, digest in self.tags().items() if deep and not _unreadable_refs(problems) else ():
+        for name, digest in self.tags().items() if deep and refs is not None else ():
             ref = Ref.parse(name)
             if ref in broken:
                 continue
             try:
                 check_content(name, self.packed(name))
             except Exception as error:  # whatever is wrong with it is the finding
-                hint = forget(self.store, [ref])
+                hint = forget([ref], refs)
                 digest_ = Digest.parse(digest)
                 problems.append(Problem("corrupt", digest_, (ref,), str(error), hint))
         return dataclasses.replace(report, problems=tuple(problems))
@@ -454,8 +464,9 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         waiting = [digest for digest in digests if str(digest) not in known]
         while waiting:
             digest = waiting.pop()
-            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError):  # of damage, what is known
-                below = set(children(digest, self.store.get(digest))) - found
+            # Of damage, what is known.
+            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError, RefusedError):
+                below = set(children(digest, read_parent(self.store, digest))) - found
                 found |= below
                 waiting += below
         return found
@@ -468,7 +479,7 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         """The manifest with this digest; where it is damaged or gone, that of the candidates whose
         bytes it had, if any: adding an expert again repairs it."""
         try:
-            return parse_manifest(digest.short, self.store.get(digest))
+            return parse_manifest(digest.short, read_parent(self.store, digest))
         except (ObjectCorrupt, ObjectNotFound):
             same = (one for one in candidates if Digest.of(encode_manifest(name, one)) == digest)
             return next(same, None)
@@ -485,11 +496,6 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
 def _starts(digest: str, prefix: str) -> bool:
     return digest.removeprefix("sha256:").startswith(prefix.removeprefix("sha256:"))
-
-
-def _unreadable_refs(problems: Sequence[Problem]) -> bool:
-    """Whether the names of a library cannot be listed at all."""
-    return any(problem.kind == "unreadable" and problem.refs for problem in problems)
 
 
 def _unpinned(manifest: Manifest) -> Manifest:

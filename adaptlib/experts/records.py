@@ -6,11 +6,44 @@ from typing import Any
 
 import msgspec
 
-from adaptlib.errors import NotFoundError
+from adaptlib.errors import CorruptError, NotFoundError
 from adaptlib.experts.damage import read_object
 from adaptlib.experts.names import move_ref, record_ref
 from adaptlib.experts.tensors import parse_json
-from library_store import Store
+from library_store import Digest, InvalidDigest, Store
+
+
+class _Clustering(msgspec.Struct):
+    """What is read of a clustering; there may be more."""
+
+    method: str
+    k: int
+    features: str
+    clusters: dict[str, list[str]]
+    experts: dict[str, str]
+    seed: int | None = None
+    outliers: list[str] = []
+    labels: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    why: str | None = None
+    silhouette: float | None = None
+    tensors: str | None = None
+
+
+class _Router(msgspec.Struct):
+    """What is read of a router."""
+
+    router: str
+    options: dict[str, Any]
+    experts: dict[str, str]
+    order: list[str] = []
+    tensors: str | None = None
+
+
+_FORMS = {
+    "clusterings": ("adaptlib.clustering/1", _Clustering),
+    "routers": ("adaptlib.router/1", _Router),
+}
 
 
 def save_record(store: Store, kind: str, name: str, document: Mapping[str, Any]) -> str:
@@ -31,7 +64,7 @@ def check_record_name(kind: str, name: str) -> None:
 
 
 def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
-    """A document kept by `save_record`."""
+    """A document kept by `save_record`. CorruptError where it is something else."""
     ref = record_ref(kind, name)
     digest = store.refs().get(ref)
     if digest is None:
@@ -42,4 +75,20 @@ def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
             f"no {kind} named {name!r}; there are: {', '.join(known) or 'none'}",
             hint=f"did you mean {close[0]}?" if close else f"{made[kind]} {name} keeps one",
         )
-    return parse_json(str(ref), read_object(store, digest))
+    document = parse_json(str(ref), read_object(store, digest))
+    schema, wanted = _FORMS[kind]
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != schema:
+        raise CorruptError(
+            f"{ref} is no {kind.removesuffix('s')} that this version knows: {found!r:.40}",
+            hint=f"adaptlib rm {ref}",
+        )
+    try:
+        form = msgspec.convert(document, wanted)
+        for digest in (*form.experts.values(), *filter(None, [form.tensors])):
+            Digest.parse(digest)
+    except (msgspec.ValidationError, InvalidDigest) as error:
+        raise CorruptError(
+            f"{ref} is not what is kept there: {error!s:.200}", hint=f"adaptlib rm {ref}"
+        ) from None
+    return document

@@ -185,12 +185,22 @@ def _object_of_a_terabyte(root: Path, _: Path) -> None:
 
 
 def _record(kind: str, document: Any) -> Spoil:
+    """A saved result; of the schema that is read, where it is an object."""
+    if isinstance(document, dict):
+        document = {"schema": f"adaptlib.{kind.removesuffix('s')}/1"} | document
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return lambda root, _: put(root, text, f"{kind}/evil/latest")
 
 
-def _lock(how: Callable[[Path], Any]) -> Spoil:
-    return _replaced("tmp/refs.lock", how)
+def _lock(how: Callable[[Path], Any], *, old: bool = False) -> Spoil:
+    """A lock that nobody holds. One that is `old` is taken over at once."""
+
+    def write(path: Path) -> None:
+        how(path)
+        if old:
+            os.utime(path, (time.time() - MONTH,) * 2)
+
+    return _replaced("tmp/refs.lock", write)
 
 
 NEST = 100_000
@@ -318,9 +328,9 @@ LIBRARIES: dict[str, Spoil] = {
     "router-tensors-wrong": _record(
         "routers", {"router": "arrow", "options": {}, "experts": {}, "tensors": "x"}
     ),
-    "lock-a-pipe": _lock(os.mkfifo),
+    "lock-a-pipe": _lock(os.mkfifo, old=True),
     "lock-endless": _lock(lambda path: path.symlink_to("/dev/zero")),
-    "lock-nested": _lock(_text(b"[" * NEST)),
+    "lock-nested": _lock(_text(b"[" * NEST), old=True),
     "strangers-everywhere": lambda root, _: [
         (root / name / "\x1b[2J evil").write_text("x")
         for name in ("objects", "objects/sha256", "refs", "log", "tmp", "trash", "quarantine")

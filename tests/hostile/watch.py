@@ -82,9 +82,10 @@ def start(allowed: Sequence[str]) -> tuple[list[str], list[str]]:
         elif event == "open":
             path, mode, flags = arguments
             writes = bool((flags or 0) & _WRITING) or bool(set(mode or "") & set("wax+"))
+            follow = not (flags or 0) & (os.O_EXCL | os.O_NOFOLLOW)
             if not isinstance(path, int):
                 opened.append(os.fsdecode(path))
-                if writes and outside(path):
+                if writes and outside(path, follow=follow):
                     deeds.append(f"written outside: {os.fsdecode(path)}")
         elif event in _CHANGES:
             for place, folder in _CHANGES[event]:
