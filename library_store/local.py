@@ -31,6 +31,7 @@ from library_store.errors import (
     RefConflict,
     RefCorrupt,
     RefNotFound,
+    StoreError,
     StoreExists,
     UnknownFormat,
 )
@@ -163,8 +164,14 @@ class LocalStore(Store):
                 # it sees the ref and puts the object back, or we see that the object is gone.
                 self._need(ref, new)
                 self._refs.append(LogEntry(ref, timestamp(), old, new, reason))
-            except BaseException:
-                self._take_back(ref, old)
+            except BaseException as error:
+                try:
+                    self._take_back(ref, old)
+                except OSError as second:
+                    raise StoreError(
+                        f"{ref} may have moved: {error}; and taking it back failed: {second}",
+                        hint="once the disk is well: look where it is, and at its log",
+                    ) from error
                 raise
 
     def _take_back(self, ref: Ref, old: Digest | None) -> None:

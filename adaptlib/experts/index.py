@@ -158,16 +158,16 @@ def _is_ours(path: Path, *, there: bool) -> bool:
     """Whether SQLite may open this: a file of the library (or, unless it is to be `there`, nothing)
     with no journal beside it. We keep none, and one that is found is obeyed: it may name files to
     write and to remove."""
-
-    def odd() -> bool:
-        return path.is_symlink() or any(os.path.lexists(f"{path}{side}") for side in _SIDES)
-
     try:
-        if odd():
+        if _is_odd(path):
             _forget(path)
-        return not odd() and (path.is_file() or not there)
+        return not _is_odd(path) and (path.is_file() or not there)
     except OSError:  # nobody can look just now
         return False
+
+
+def _is_odd(path: Path) -> bool:
+    return path.is_symlink() or any(os.path.lexists(f"{path}{side}") for side in _SIDES)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

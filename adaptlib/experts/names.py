@@ -1,10 +1,9 @@
 """Which names a library takes."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
-from adaptlib.errors import ConflictError, UsageError
+from adaptlib.errors import AdaptlibError, ConflictError, UsageError
 from library_store import Digest, InvalidName, Ref, RefConflict, Store
 
 RECORDS = ("clusterings", "routers")
@@ -53,16 +52,25 @@ class Move(NamedTuple):
 
 
 def move_refs(store: Store, moves: Sequence[Move]) -> None:
-    """Make all of these moves, in this order. Where one fails those before it are taken back."""
+    """Make all of these moves, in this order. Where one fails those before it are taken back; an
+    AdaptlibError says where that failed too."""
     done: list[Move] = []
     try:
         for move in moves:
             move_ref(store, move.ref, move.new, expect=move.old, reason=move.reason)
             done.append(move)
-    except BaseException:
+    except BaseException as error:
+        stuck: list[str] = []
         for move in reversed(done):
-            with suppress(Exception):  # what failed is to be told, and the log has what is left
+            try:
                 store.move(move.ref, move.old, expect=move.new, reason=f"undo {move.reason}")
+            except Exception:
+                stuck.append(str(move.ref))
+        if stuck and isinstance(error, Exception):
+            raise AdaptlibError(
+                f"{error}; {', '.join(stuck)} had moved before that and could not be moved back",
+                hint="once the disk is well: the same command again",
+            ) from error
         raise
 
 

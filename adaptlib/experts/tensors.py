@@ -18,6 +18,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -306,26 +307,28 @@ def _too_many(text: bytes) -> bool:
 
 
 def _parse(source: str, text: bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise RefusedError(f"{source} has the key {twice[:80]!r} twice")
-        return result
-
-    def constant(value: str) -> Any:
-        raise CorruptError(f"{source} holds {value}, which is not JSON")
-
     try:
         return json.loads(
             text.decode(),  # json.loads would also guess UTF-16 and UTF-32
-            object_pairs_hook=unique,
-            parse_constant=constant,
+            object_pairs_hook=partial(_unique, source),
+            parse_constant=partial(_constant, source),
             parse_int=_integer,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{source} is not JSON: {str(error)[:200]}") from None
+
+
+def _unique(source: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RefusedError(f"{source} has the key {twice[:80]!r} twice")
+    return result
+
+
+def _constant(source: str, value: str) -> Any:
+    raise CorruptError(f"{source} holds {value}, which is not JSON")
 
 
 def _integer(text: str) -> int | float:
