@@ -138,6 +138,7 @@ def _failure(error: Exception, arguments: list[str]) -> int:
     from adaptlib.errors import AdaptlibError
     from library_store import (
         AmbiguousDigest,
+        GcAborted,
         InvalidName,
         ObjectCorrupt,
         ObjectNotFound,
@@ -167,7 +168,10 @@ def _failure(error: Exception, arguments: list[str]) -> int:
             StoreLocked: 5,
         }
         code = by_type.get(type(error), 1)
-        if code == 4 and not isinstance(error, UnknownFormat):
+        found_damage = isinstance(error, GcAborted) and isinstance(
+            error.__cause__, AdaptlibError | StoreError
+        )
+        if found_damage or (code == 4 and not isinstance(error, UnknownFormat)):
             hint = "adaptlib verify --repair"
     elif isinstance(error, OSError):
         code, hint = 1, hint or "the library is as it was; adaptlib doctor looks at disk and rights"

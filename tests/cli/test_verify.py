@@ -323,3 +323,37 @@ def test_without_repair_nothing_is_changed(run: Any, library: Library) -> None:
     kept = [json.loads(run("verify", "--json").out)["problems"] for _ in range(2)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == 2
+
+
+@pytest.mark.parametrize("what", ["manifest", "ref"])
+def test_gc_that_stops_at_damage_says_how_to_go_on(run: Any, library: Library, what: str) -> None:
+    assert library.path is not None
+    if what == "ref":
+        (library.path / "refs" / "sums" / "latest").write_text("nonsense")
+    else:
+        hurt(library, "manifest")
+    failed = run("gc", "--json")
+    assert failed.error["hint"] == REPAIR
+    typed(run, failed.error["hint"])
+    if what == "manifest":
+        assert run("rm", "best", "poems").code == 0
+    assert run("gc").code == 0
+
+
+def test_a_library_that_lost_everything_is_told_at_once(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are listed a few times for all problems, not once for each."""
+    library = Library.open(tmp_path / "library", create=True)
+    for i in range(12):
+        library.add(make_expert(i), f"e{i}")
+    for path in (tmp_path / "library" / "objects" / "sha256").rglob("*/*"):
+        path.unlink()
+    listed, scan = [], type(library.store)._scan_refs
+    monkeypatch.setattr(
+        type(library.store), "_scan_refs", lambda self: listed.append(1) or scan(self)
+    )
+    problems = run("verify", "--json").document["problems"]
+    assert [problem["kind"] for problem in problems] == ["missing"] * 12
+    assert {problem["hint"][:18] for problem in problems} == {"adaptlib add SOURCE"[:18]}
+    assert len(listed) < 5
