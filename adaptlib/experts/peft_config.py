@@ -6,6 +6,7 @@ and nothing is imported, fetched or opened because of them. What an expert canno
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -229,7 +230,9 @@ def _ends(module: str) -> Iterator[str]:
 
 def _compile(source: str, field: str, key: str) -> re.Pattern[str]:
     try:
-        return re.compile(rf"(.*\.)?({key})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `[[` may mean more one day
+            return re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise CorruptError(
             f"{source}: {field} has the key {brief(key, 80)}, no regular expression: {error}"
