@@ -246,6 +246,7 @@ PANELS: Final = {
         "Pictures": ("plot", "plot_kind", "layout"),
         "Saved clusterings": ("save", "assign", "diff"),
         "Duplicates": ("duplicates", "threshold"),
+        "Output": ("plain",),
     },
     "merge": {
         "How": ("method", "methods", "weight", "on", "set_", "only_base"),
