@@ -133,7 +133,8 @@ def write_synced(path: Path, chunks: Iterable[bytes | memoryview], *, mode: int)
 
 
 def create_exclusive(path: Path, data: bytes) -> None:
-    """Create a small file that must not exist, without forcing it to the disk: for locks."""
+    """Create a small file that must not exist, without forcing it to the disk: for locks, and for
+    logs that have no line yet."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         _write_all(fd, data)
@@ -169,7 +170,7 @@ def append_synced(path: Path, line: bytes) -> None:
         end = _end_of_last_line(fd, found.st_size)
         if end != found.st_size:
             os.ftruncate(fd, end)
-            _sync(fd)
+        _sync(fd)  # the cut, and what one who was killed wrote: no two appends may be torn at once
         try:
             _write_all(fd, line)
             _sync(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -104,7 +105,8 @@ class RefFiles:
         path = self._log_path(entry.ref.name)
         _files.make_directories(path.parent, base=self.root / "log")
         if _files.status(path) is None:
-            _files.append_synced(path, b"")  # so that there is a name to sync
+            with suppress(FileExistsError):  # where the lock lies
+                _files.create_exclusive(path, b"")  # so that there is a name to sync
         _files.fsync_up(path.parent, base=self.root / "log")
         _files.append_synced(path, encode_entry(entry))
 
@@ -179,10 +181,10 @@ class RefFiles:
         directory = self._path(ref).parent
         _files.remove(self._path(ref))
         self._sync(directory)
-        # rmdir refuses a directory that somebody has put a ref into meanwhile.
+        # rmdir refuses a directory that somebody has put a ref into meanwhile. It need not be
+        # durable: an empty directory is no ref, and `_prune` removes it where it is in the way.
         while directory != refs and _files.remove_directory(directory):
             directory = directory.parent
-            self._sync(directory)
 
     def _rename(self, temp: Path, ref: Ref) -> None:
         # What is handled here happens only where the lock lies.

@@ -76,7 +76,6 @@ def restore(objects: ObjectFiles, gc_id: str) -> int:
         count += 1
     with suppress(OSError):  # the objects are back and durable: what is empty harms nobody
         _files.remove_directory(trash)
-        _files.fsync_directory(objects.root / "trash")
     return count
 
 
