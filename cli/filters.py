@@ -48,8 +48,9 @@ GRAMMAR: Final = (
     f"FIELD OPERATOR VALUE; fields: {', '.join(FIELDS)}; operators: = != > >= < <= ~ (contains)"
 )
 
-_FILTER: Final = re.compile(r"\s*([A-Za-z][\w-]*)\s*(==|!=|>=|<=|=|>|<|~)\s*(.*?)\s*", re.DOTALL)
-_AMOUNT: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.ASCII | re.IGNORECASE)
+# Compiled where they are used: most lists are not filtered, and should not wait for that.
+_FILTER: Final = r"(?s)\s*([A-Za-z][\w-]*)\s*(==|!=|>=|<=|=|>|<|~)\s*(.*?)\s*"
+_AMOUNT: Final = r"(?ai)(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)"
 _COUNTS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _SIZES: Final = {"": 1, "b": 1} | {
     unit: base**power
@@ -78,7 +79,7 @@ class Key:
 
 def parse_filter(text: str) -> Filter:
     """Read one `--filter`. UsageError says what is wrong with it and what there is."""
-    match = _FILTER.fullmatch(text)
+    match = re.fullmatch(_FILTER, text)
     if match is None:
         raise UsageError(f"--filter {text!r} is not FIELD OPERATOR VALUE", hint=GRAMMAR)
     field = parse_field(match[1], f"--filter {text!r}")
@@ -186,7 +187,7 @@ def _value(kind: str, text: str) -> Any:
 
 
 def _amount(text: str, units: Mapping[str, int]) -> float:
-    match = _AMOUNT.fullmatch(text)
+    match = re.fullmatch(_AMOUNT, text)
     if match is None or match[2].lower() not in units:
         raise ValueError
     unit = units[match[2].lower()]

@@ -25,9 +25,10 @@ PYPROJECT: Final = "pyproject.toml"
 VARIABLE: Final = "ADAPTLIB_NO_CONFIG"
 
 _ignored: Final = ContextVar("ignored", default=False)
-_OURS: Final = re.compile(r"^[ \t]*\[[ \t]*tool[ \t]*\.[ \t]*adaptlib[ \t]*[.\]]", re.MULTILINE)
-_TABLE: Final = re.compile(r"\s*\[\s*([^\[\]#]+?)\s*\]\s*(#.*)?")
-_KEY: Final = re.compile(r"""\s*([A-Za-z0-9_\-."' ]+?)\s*=""")
+# Compiled where they are used: most commands find no file, and should not wait for that.
+_OURS: Final = r"(?m)^[ \t]*\[[ \t]*tool[ \t]*\.[ \t]*adaptlib[ \t]*[.\]]"
+_TABLE: Final = r"\s*\[\s*([^\[\]#]+?)\s*\]\s*(#.*)?"
+_KEY: Final = r"""\s*([A-Za-z0-9_\-."' ]+?)\s*="""
 
 
 @final
@@ -118,7 +119,7 @@ def load(path: Path, scope: Literal["project", "user"]) -> SettingsFile | None:
             return None  # whoever it is for will say so
         line = data[: error.start].count(b"\n") + 1
         raise _unreadable(f"{path}:{line}", "it is not UTF-8") from None
-    if table and not _OURS.search(text):
+    if table and not re.search(_OURS, text):
         return None
     return SettingsFile(scope, path, table, text, parse(text, path, table))
 
@@ -160,9 +161,9 @@ def outline(lines: Iterable[str]) -> Iterator[tuple[tuple[str, ...] | None, tupl
     for line in lines:
         key: tuple[str, ...] = ()
         if line.lstrip().startswith("["):
-            header = _TABLE.fullmatch(line)
+            header = re.fullmatch(_TABLE, line)
             table = _parts(header[1]) if header else None
-        elif match := _KEY.match(line):
+        elif match := re.match(_KEY, line):
             key = _parts(match[1])
         yield table, key
 
