@@ -1,8 +1,6 @@
 """list: conditions, order, columns, and forms for people and for programs."""
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 from adaptlib.cli import filters
 from adaptlib.cli.filters import FIELDS, choose, matches, parse_filter, parse_sort
-from adaptlib.cli.table import lay_out, measure
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -372,66 +369,6 @@ def test_none_is_said(run: Any, library: Library) -> None:
 def test_the_words_of_filters_are_for_completion() -> None:
     assert set(FIELDS.values()) == set(filters.OPERATORS)
     assert all(field in filters.GRAMMAR for field in FIELDS)
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-CELLS = st.lists(
-    st.text(st.sampled_from("ab "), max_size=20).map(lambda text: text.strip() or "x"),
-    min_size=1,
-    max_size=3,
-).map("\n".join)
-
-
-@given(
-    st.lists(st.tuples(CELLS, CELLS, CELLS, CELLS), max_size=5),
-    st.tuples(*[st.sampled_from(["left", "right", "cut", "fold"])] * 4),
-    st.integers(10, 120),
-)
-def test_a_table_shows_every_column_and_loses_only_what_may_be_cut(
-    rows: list[tuple[str, ...]], how: tuple[str, ...], width: int
-) -> None:
-    columns = [(f"C{i}", one) for i, one in enumerate(how)]
-    lines = lay_out(columns, rows, width)
-    assert re.fullmatch(r" *C0 +C1 +C2 +C3", lines[0])
-    wanted = Counter(c for row in rows for cell in row for c in cell if c.strip())
-    shown = Counter(c for line in lines[1:] for c in line if c.strip())
-    assert shown == wanted or "cut" in how
-    for i, one in enumerate(how):
-        if one in ("left", "right"):
-            kept = [line for row in rows for line in row[i].split("\n")]
-            assert all(any(line in text for text in lines) for line in kept)
-    assert all(line == line.rstrip() for line in lines)
-    flexible = [i for i, one in enumerate(how) if one in ("cut", "fold")]
-    fixed = sum(
-        max([2, *(len(line) for row in rows for line in row[i].split("\n"))])
-        for i in range(4)
-        if i not in flexible
-    )
-    if fixed + 8 * len(flexible) + 6 <= width:
-        assert max(map(len, lines)) <= width
-
-
-def test_folding_and_cutting() -> None:
-    columns = [("NAME", "left"), ("WHAT", "fold"), ("BASE", "cut"), ("N", "right")]
-    rows = [("a", "some words here that go on", "org/a-long-name", "7"), ("bb", "x", "y", "123")]
-    assert lay_out(columns, rows, 36) == [
-        "NAME  WHAT          BASE           N",
-        "a     some words    org/a-lon..    7",
-        "      here that go",
-        "      on",
-        "bb    x             y            123",
-    ]
-    assert lay_out([("A", "fold")], [("x" * 25,)], 10) == ["A", "x" * 10, "x" * 10, "x" * 5]
-
-
-def test_wide_characters_take_two_columns() -> None:
-    assert measure("日本") == 4
-    assert measure("é") == 1
-    assert measure("e\u0301") == 1
-    lines = lay_out([("A", "left"), ("B", "left")], [("日本", "x"), ("abcd", "y")], 80)
-    assert [line.index(end) for line, end in zip(lines[1:], "xy", strict=True)] == [4, 6]
-    assert lay_out([("A", "cut")], [("日本" * 10,)], 9) == ["A", "日本日.."]
 
 
 # --- other tables for programs -----------------------------------------------------------------
