@@ -112,3 +112,28 @@ def test_everything_else_that_can_be_wrong_is_found_in_one_go(local, children):
 def test_a_directory_that_is_gone_is_found(local, children, place):
     (local.root / place).rename(local.root / "elsewhere")
     assert [p.kind for p in local.verify(children).problems] == ["unreadable"]
+
+
+def test_of_what_has_a_size_only_the_size_is_looked_at(local, children, parent):
+    blob, stray = local.put(b"blob"), local.put(b"stray")
+    top = local.put(parent(blob))
+    local.move(SQL, top, expect=None)
+
+    def sizes(_: Digest, data: bytes) -> dict[Digest, int]:
+        return {blob: 4} if data.startswith(b"parent") else {}
+
+    damage(local, stray, b"STRAY")
+    damage(local, blob, b"BLOB")
+    report = local.verify(children, sizes=sizes)
+    assert (report.checked, report.problems) == (2, ())
+    for data in (b"", b"blob, and more"):
+        damage(local, blob, data)
+        (problem,) = local.verify(children, sizes=sizes).problems
+        assert (problem.kind, problem.digest, problem.refs) == ("corrupt", blob, (SQL,))
+        assert f"{len(data)} bytes" in problem.detail
+        assert problem.repairable
+    (local.root / "objects/sha256" / blob.hex[:2] / blob.hex).unlink()
+    (problem,) = local.verify(children, sizes=sizes).problems
+    assert (problem.kind, problem.digest, problem.repairable) == ("missing", blob, False)
+    damage(local, top, b"parent, more or less")
+    assert [p.digest for p in local.verify(children, sizes=sizes).problems] == [top]
