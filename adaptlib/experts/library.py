@@ -14,12 +14,10 @@ import msgspec
 
 from adaptlib.errors import (
     ConflictError,
-    CorruptError,
     NotFoundError,
-    RefusedError,
     UsageError,
 )
-from adaptlib.experts import index, sketches
+from adaptlib.experts import index, keeping, sketches
 from adaptlib.experts.catalog import Catalog, is_digest
 from adaptlib.experts.codec import (
     Manifest,
@@ -35,12 +33,10 @@ from adaptlib.experts.codec import (
 from adaptlib.experts.damage import forget, next_command, read_object, read_parent, view_object
 from adaptlib.experts.index import Summary
 from adaptlib.experts.names import (
-    PINS,
     Move,
     expert_ref,
     move_ref,
     move_refs,
-    pin_ref,
 )
 from adaptlib.experts.pinning import pinned
 from adaptlib.experts.references import blob_sizes, children
@@ -418,58 +414,15 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
     def pin(self, name: str, label: str | None = None) -> tuple[str, str]:
         """Keep the expert that `name` (or a digest) is now, whatever becomes of its names; returns
         (label, digest). The label is the digest's first 12 digits where none is given."""
-        digest = Digest.parse(self.digest(name))
-        ref = pin_ref(label or digest.short)
-        before = self.store.refs().get(ref)
-        if before not in (None, digest):
-            raise ConflictError(
-                f"the pin {label} is at {before.short if before else ''}, not at {digest.short}",
-                hint=f"take another label, or: adaptlib unpin {label}",
-            )
-        if before is None:
-            move_ref(self.store, ref, digest, expect=None, reason=f"pin of {name}")
-        return ref.name.removeprefix(f"{PINS}/"), str(digest)
+        return keeping.pin(self.catalog, name, label)
 
     def unpin(self, label: str) -> str:
         """Take a pin away, by its label or the digest it holds; returns the digest."""
-        pins = self.pins()
-        found = [one for one in pins if one == label] or [
-            one for one, digest in pins.items() if is_digest(label) and _starts(digest, label)
-        ]
-        if len(found) != 1:
-            raise NotFoundError(
-                f"{'no' if not found else 'more than one'} pin is {label!r}; there are: "
-                f"{', '.join(pins) or 'none'}",
-                hint="see all: adaptlib pin",
-            )
-        digest = pins[found[0]]
-        ref = pin_ref(found[0])
-        move_ref(self.store, ref, None, expect=Digest.parse(digest), reason="unpin")
-        return digest
+        return keeping.unpin(self.catalog, label)
 
     def freed_by(self, victims: Iterable[Ref]) -> int:
         """How many bytes gc could take if these refs were gone: what nothing else leads to."""
-        refs, going = self.store.refs(), set(victims)
-        kept = {digest for ref, digest in refs.items() if ref not in going}
-        loose = {refs[ref] for ref in going & refs.keys()} - kept
-        held = self._below(kept)
-        freed = [digest for digest in self._below(loose) - held if digest in self.store]
-        return sum(self.store.size(digest) for digest in freed)
-
-    def _below(self, digests: set[Digest]) -> set[Digest]:
-        """These objects and all that they lead to; of manifests, by the index."""
-        texts = {str(digest) for digest in digests}
-        known = index.read(self.path / "index.db", texts) if self.path else {}
-        found = set(digests) | {Digest.parse(known[text].blob) for text in known}
-        waiting = [digest for digest in digests if str(digest) not in known]
-        while waiting:
-            digest = waiting.pop()
-            # Of damage, what is known.
-            with suppress(ObjectCorrupt, ObjectNotFound, CorruptError, RefusedError):
-                below = set(children(digest, read_parent(self.store, digest))) - found
-                found |= below
-                waiting += below
-        return found
+        return keeping.freed_by(self.catalog, victims)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -492,10 +445,6 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
 
     def _manifest(self, digest: Digest) -> Manifest:
         return parse_manifest(digest.short, read_object(self.store, digest))
-
-
-def _starts(digest: str, prefix: str) -> bool:
-    return digest.removeprefix("sha256:").startswith(prefix.removeprefix("sha256:"))
 
 
 def _unpinned(manifest: Manifest) -> Manifest:

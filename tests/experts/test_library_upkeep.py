@@ -83,7 +83,12 @@ def test_what_is_derived_can_go(local: Library, tmp_path: Path, save_llama: Any)
 
 def test_records_are_kept_with_their_experts(library: Library) -> None:
     digest = library.add(make_expert(), "one").digest
-    document = {"k": 2, "experts": {"one": digest}, "clusters": {"0": ["one"]}}
+    document = {
+        "schema": "adaptlib.clustering/1",
+        "k": 2,
+        "experts": {"one": digest},
+        "clusters": {"0": ["one"]},
+    }
     save_record(library.store, "clusterings", "mine", document)
     save_record(library.store, "clusterings", "mine", document)
     assert load_record(library.store, "clusterings", "mine") == document
