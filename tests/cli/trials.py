@@ -1,7 +1,7 @@
 """Commands on a failing disk: each trial is one command in a copy of a library, and what holds
 after it.
 
-    python -m tests.cli.trials TEMPLATE GC_ID      a case's name on stdin, its figures on stdout
+    python -m tests.cli.trials TEMPLATE GC_ID      names of cases on stdin, figures on stdout
 
 Trials run in a process of their own, which checks no types while it runs: there are thousands.
 """
@@ -309,11 +309,12 @@ def main() -> None:
         os.environ["ADAPTLIB_LIBRARY"] = str(root / "library")
         bench = Bench(template, gc_id, root)
         for line in sys.stdin:
+            name = line.strip()
             try:
-                figures = run_case(bench, line.strip())
+                figures = run_case(bench, name)
             except Exception as error:  # not even without a fault
                 figures = {"broken": [said((), None, error)]}
-            print(json.dumps(figures), flush=True)
+            print(json.dumps({"name": name, **figures}), flush=True)
         os.chdir(folder)
 
 
