@@ -84,7 +84,7 @@ def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
         out.document("show", name=name, record=document)
         return
     if "router" in document:
-        options = {"router": document["router"], **document["options"]}
+        options = {"router": document["router"], **document.get("options", {})}
         what = ", ".join(f"{k} {v}" for k, v in options.items() if isinstance(v, str | int | float))
         out.line(f"{name}: {what}, {out.count(len(document['experts']), 'expert')}")
         for expert, digest in document["experts"].items():
@@ -92,7 +92,9 @@ def _show_record(document: dict[str, Any], name: str, *, json: bool) -> None:
         return
     from .cluster_view import paragraph, print_clusters
 
-    what = ", ".join(f"{key} {document[key]}" for key in ("method", "k", "seed", "features"))
+    what = ", ".join(
+        f"{key} {document[key]}" for key in ("method", "k", "seed", "features") if key in document
+    )
     why = f" ({document['why']})" if document.get("why") else ""
     fit = document.get("silhouette")
     fit = f", silhouette {fit:.3f}" if fit is not None else ""

@@ -24,8 +24,9 @@ from adaptlib.errors import CorruptError, NotFoundError, UsageError
 from adaptlib.experts.codec import Manifest
 from adaptlib.experts.library import Library
 
-MAX_RECIPE = 1024 * 1024  # bytes
+MAX_RECIPE = 256 * 1024  # bytes; reading YAML takes seconds for a megabyte
 DEFAULT = "linear"
+_MERGE = "tag:yaml.org,2002:merge"  # what YAML makes of the key <<
 Value = bool | int | float | str | None
 
 
@@ -52,7 +53,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     weights: dict[str, float] | None = None
     options: dict[str, Value] = {}
     kind: Literal["lora", "sparse"] | None = None
-    rank: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    rank: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
     keep_ratio: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     on: Literal["updates", "factors"] = "updates"
     name: str | None = None
@@ -89,13 +90,17 @@ def parse_recipe(source: str, text: str) -> Recipe:
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        document = None if node is None else loader.construct_document(node)
+        # Ten lines of << can stand for a billion fields.
+        merges = any(key.tag == _MERGE for pairs in _mappings(node) for key, _ in pairs)
+        document = None if node is None or merges else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{source}{where}: this is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{source}: this is not YAML: {str(error) or 'too deep'}") from None
+    if merges:
+        raise UsageError(f"{source}: a recipe has no <<", hint="write the fields out")
     for key, line in _twice(node):
         raise UsageError(f"{source}, line {line}: {key} is there twice", hint="keep one of them")
     if not isinstance(document, dict):
@@ -107,6 +112,8 @@ def parse_recipe(source: str, text: str) -> Recipe:
         recipe = msgspec.convert(document, Recipe)
     except msgspec.ValidationError as error:
         raise _wrong(source, str(error), node) from None
+    except OverflowError:  # YAML has numbers to the base of 60, of any length
+        raise UsageError(f"{source}: a number in it is larger than can be") from None
     for name, weight in (recipe.weights or {}).items():
         if not math.isfinite(weight):
             line = _line(node, ("weights", name))
@@ -139,7 +146,7 @@ def _wrong(source: str, message: str, node: Any) -> UsageError:
         )
     got = _at(node, fields)
     value = getattr(got, "value", None)
-    shown = f" {value!r}" if isinstance(value, str) else ""
+    shown = f" {value[:80]!r}" if isinstance(value, str) else ""
     what = what.replace("Expected", "want").replace(", got", "; got").replace("`", "")
     if "; got" not in what and shown:
         what += "; got"
@@ -172,24 +179,29 @@ def _line(node: Any, path: tuple[str, ...]) -> str:
     return f", line {mark.line + 1}" if mark else ""
 
 
-def _twice(node: Any) -> Iterator[tuple[str, int]]:
-    """Keys that stand twice in one place, which YAML's readers pass over; and their lines. An
-    alias is looked into once, so that a few lines cannot stand for a billion."""
+def _mappings(node: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """The (key, value) nodes of each mapping. An alias is looked into once, so that a few lines
+    cannot stand for a billion."""
     waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()
         if id(node) in seen or not isinstance(getattr(node, "value", None), list):
             continue
         seen.add(id(node))
+        pairs = [part for part in node.value if isinstance(part, tuple)]
+        waiting += [part for part in node.value if not isinstance(part, tuple)]
+        waiting += [value for _, value in pairs]
+        yield pairs
+
+
+def _twice(node: Any) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in one place, which YAML's readers pass over; and their lines."""
+    for pairs in _mappings(node):
         keys: set[str] = set()
-        for part in node.value:
-            if not isinstance(part, tuple):
-                waiting.append(part)
-                continue
-            if str(part[0].value) in keys:
-                yield str(part[0].value), part[0].start_mark.line + 1
-            keys.add(str(part[0].value))
-            waiting.append(part[1])
+        for key, _ in pairs:
+            if str(key.value) in keys:
+                yield str(key.value), key.start_mark.line + 1
+            keys.add(str(key.value))
 
 
 def pin(library: Library, recipe: Recipe, *, base: str | None = None) -> Recipe:

@@ -14,13 +14,13 @@ from library_store import Digest, InvalidDigest, Store
 
 
 class _Clustering(msgspec.Struct):
-    """What is read of a clustering; there may be more."""
+    """What is read of a clustering, where it is there; there may be more."""
 
-    method: str
-    k: int
-    features: str
     clusters: dict[str, list[str]]
     experts: dict[str, str]
+    method: str = ""
+    k: int = 0
+    features: str = ""
     seed: int | None = None
     outliers: list[str] = []
     labels: dict[str, str] = {}
@@ -31,11 +31,11 @@ class _Clustering(msgspec.Struct):
 
 
 class _Router(msgspec.Struct):
-    """What is read of a router."""
+    """The same of a router."""
 
-    router: str
-    options: dict[str, Any]
     experts: dict[str, str]
+    router: str = ""
+    options: dict[str, Any] = {}
     order: list[str] = []
     tensors: str | None = None
 
@@ -78,7 +78,7 @@ def load_record(store: Store, kind: str, name: str) -> dict[str, Any]:
     document = parse_json(str(ref), read_object(store, digest))
     schema, wanted = _FORMS[kind]
     found = document.get("schema") if isinstance(document, dict) else None
-    if found != schema:
+    if found not in (schema, None):
         raise CorruptError(
             f"{ref} is no {kind.removesuffix('s')} that this version knows: {found!r:.40}",
             hint=f"adaptlib rm {ref}",

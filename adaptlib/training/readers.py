@@ -259,7 +259,7 @@ def _facts(path: Path, name: str) -> dict[str, Any]:
             continue
         try:
             entries = json.loads(listing.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptError(f"{listing}: not JSON ({error})") from error
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("name") == name:

@@ -33,6 +33,8 @@ def warm(scratch: Path) -> None:
     library = scratch / "warm"
     lora, shira = make.adapter(scratch / "lora"), make.shira(scratch / "shira")
     expert = make.expert(scratch / "expert")
+    recipe = scratch / "recipe.yaml"
+    recipe.write_text("experts: [nobody]")
     for words in (
         ["init", library],
         ["add", lora, shira, "-L", library],
@@ -44,6 +46,7 @@ def warm(scratch: Path) -> None:
         ["log", "lora", "-L", library],
         ["export", "lora", scratch / "out", "-L", library],
         ["add", scratch / "none", "-L", library, "--json"],
+        ["merge", "--recipe", recipe, "--name", "x", "-L", library],
     ):
         invoke([str(word) for word in words])
 

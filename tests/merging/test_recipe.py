@@ -133,7 +133,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_recipe(tmp_path)
     (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
-    with pytest.raises(UsageError, match="above 1,048,576 bytes"):
+    with pytest.raises(UsageError, match="above 262,144 bytes"):
         read_recipe(tmp_path / "large.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="no text file"):
