@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptlib.errors import ConflictError, CorruptError, NotFoundError
+from adaptlib.errors import AdaptlibError, ConflictError, CorruptError, NotFoundError
 from adaptlib.experts import Library
 from adaptlib.experts.codec import Module, Packed
 from adaptlib.experts.references import children
@@ -51,6 +51,14 @@ NAMES = ["shared-0", "shared-1", "team/shared-2"]
 def lying(path: Path, **_: Any) -> Iterator[Any]:
     """A lock that everybody has."""
     yield SimpleNamespace(confirm=lambda: None)
+
+
+def is_typed(error: Exception) -> bool:
+    """Whether an operation may end so: another was faster, or the collection was."""
+    if isinstance(error, CorruptError) or type(error) is AdaptlibError:
+        # A library says so of what is gone, and where it could not take back half of what it did.
+        return isinstance(error.__cause__, TYPED)
+    return isinstance(error, TYPED)
 
 
 class BrokenPromise(Exception):  # noqa: N818 -- what it says is what happened
@@ -142,12 +150,10 @@ class Actor:
             name = act.__name__
             try:
                 act()
-            except TYPED as error:
-                name = f"{name}: {type(error).__name__}"
-            except CorruptError as error:  # a library says so of what is gone, too
-                if not isinstance(error.__cause__, ObjectNotFound):
+            except Exception as error:
+                if not is_typed(error):
                     raise
-                name = f"{name}: gone"
+                name = f"{name}: {type(error).__name__}"
             self.counts[name] += 1
         self.read_all_own()
 
@@ -293,7 +299,7 @@ class Actor:
             name, new = new, name
         try:
             digest = self.library.rename(name, new)
-        except TYPED:
+        except Exception:
             if own:
                 self.look_again()
             raise

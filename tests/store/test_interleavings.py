@@ -12,7 +12,7 @@ from tests.soak import FACTOR, report
 from tests.store.scenarios import LYING_PAIRS, PAIRS, TRIPLES
 from tests.store.schedule import Machine, Scenario, explore, machine
 
-EACH = 60 * FACTOR  # schedules with as many switches as a scenario has
+EACH = 30 * FACTOR  # schedules with as many switches as a scenario has
 DEEP = 3000  # for what is broken on purpose, until one is found
 
 
@@ -26,8 +26,8 @@ def at_work() -> Iterator[Machine]:
     ("name", "scenarios", "least"),
     [
         ("two actors", PAIRS, 2200),
-        ("two actors, a lock that lies", LYING_PAIRS, 1200),
-        ("three actors", TRIPLES, 1600),
+        ("two actors, a lock that lies", LYING_PAIRS, 900),
+        ("three actors", TRIPLES, 2000),
     ],
     ids=["two", "two-lying", "three"],
 )
@@ -39,7 +39,7 @@ def test_no_order_breaks_a_promise(at_work, name, scenarios, least):
         total += played
         complete += [what] if whole else []
     report(f"interleavings of {name}", schedules=total, of=len(scenarios), complete=len(complete))
-    assert total >= least * FACTOR or len(complete) == len(scenarios)
+    assert total >= least  # 5,100 of all three
 
 
 # --- each part of the protocol is needed: without it, some order breaks a promise ---
