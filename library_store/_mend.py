@@ -73,11 +73,12 @@ def _mend_ref(refs: RefFiles, ref: Ref, done: list[str], lost: list[Problem]) ->
         return
     except (RefCorrupt, OSError):
         last = _last_place(refs, ref)
-    set_aside(path, refs.root, where.replace("/", "~"))
     if last is None:
+        set_aside(path, refs.root, where.replace("/", "~"))
         detail = f"{where} could not be read and no log says where it was: moved to quarantine/"
         lost.append(Problem("missing", None, (ref,), detail, "set the ref again"))
         return
+    keep_aside(path, refs.root, where.replace("/", "~"))  # so that the name is never gone
     refs.write(ref, last)
     done.append(f"{where} is back at {last.short}, where its log says it was")
 

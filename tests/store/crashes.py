@@ -22,6 +22,7 @@ from library_store import (
     LocalStore,
     NotAStore,
     Ref,
+    RefCorrupt,
     Store,
     StoreError,
 )
@@ -56,6 +57,7 @@ class Workload:
     children: Children
     spoil: Callable[[Disk], None] | None = None
     damaged: frozenset[Digest] = frozenset()
+    unreadable: bool = False
     hard_links: bool = True
     width: int = 1
     """How many times as many states of a moment to look at as usual."""
@@ -137,7 +139,13 @@ def prepare(disk: Disk, workload: Workload) -> Model:
         workload.spoil(disk)
     disk.now += AGED
     objects, damaged = model.objects - workload.damaged, workload.damaged
-    return replace(model, young=frozenset(), objects=objects, damaged=damaged)
+    return replace(
+        model,
+        young=frozenset(),
+        objects=objects,
+        damaged=damaged,
+        unreadable=workload.unreadable,
+    )
 
 
 def record(
@@ -253,6 +261,8 @@ def _examine(
     _examine_store(disk, workload, store, before, after)
     for number, step in enumerate(workload.steps[done:]):
         (step.again if number == 0 else step.run)(LocalStore(HOME), disk)
+    if final.damaged or final.unreadable:
+        LocalStore(HOME).repair(workload.children)
     soon, late = after_it
     _examine_life(disk, workload.children, LocalStore(HOME), final, soon=soon, late=late)
 
@@ -260,6 +270,12 @@ def _examine(
 def _examine_store(
     disk: Disk, workload: Workload, store: LocalStore, before: Model, after: Model
 ) -> None:
+    if before.unreadable:
+        try:
+            store.refs()
+            _examine_logs(store, before.refs, before, after)
+        except RefCorrupt:
+            return  # as before; and what is made again is looked at
     damaged = before.damaged | after.damaged
     for problem in store.verify(workload.children).problems:
         that(problem.digest in damaged, f"verify: {problem}")

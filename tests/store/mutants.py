@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 
-from library_store import LocalStore, Store, _files, _lock, _objects, _trash
+from library_store import LocalStore, Store, _files, _lock, _mend, _objects, _trash
 from library_store._objects import ObjectFiles
 from library_store._refs import RefFiles
 
@@ -152,6 +152,10 @@ MUTANTS: Final = [
     _mutant("the log tells of a move before it is made", "first ref",
             edit(LocalStore, "move", (_LINE, "pass\n"),
                  (_WRITE, f"{_LINE}            {_WRITE}"))),
+    _mutant("a damaged ref is moved away before it is set again", "repair a ref",
+            edit(_mend, "_mend_ref", ("keep_aside(path", "set_aside(path"))),
+    _mutant("a damaged log is moved away before it is written again", "repair a log",
+            edit(_mend, "_mend_log", ("keep_aside(path", "set_aside(path"))),
     # what is looked at
     _mutant("a torn log is not cut", "torn log",
             edit(_files, "append_synced", ("if end != found.st_size:", "if False:"))),

@@ -42,6 +42,7 @@ class Model:
     gone: frozenset[Digest] = frozenset()  # not among the objects
     damaged: frozenset[Digest] = frozenset()  # perhaps corrupt, perhaps missing
     aside: frozenset[bytes] = frozenset()  # what is in quarantine/
+    unreadable: bool = False  # perhaps a ref or a log
     log: tuple[tuple[Line, bool], ...] = ()
 
 
@@ -224,6 +225,25 @@ class Heal(Put):
     def after(self, model: Model, *, again: bool) -> Model:
         aside = frozenset() if again else frozenset({self.corrupt})
         return replace(super().after(model, again=again), aside=model.aside | aside)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Of what is corrupt there is a copy in the trash; of a ref, its log."""
+
+    children: Children
+
+    def run(self, store: LocalStore, disk: Disk) -> None:
+        problems = store.repair(self.children).report.problems
+        that(not problems, f"repair left {problems}")
+
+    again = run
+
+    def after(self, model: Model, *, again: bool) -> Model:
+        if again:  # by one who found nothing wrong, and did not sync what made it right
+            return model
+        objects = model.objects | model.damaged
+        return replace(model, objects=objects, damaged=frozenset(), unreadable=False)
 
 
 @dataclass(frozen=True)

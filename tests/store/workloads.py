@@ -22,6 +22,7 @@ from tests.store.operations import (
     Put,
     Quarantine,
     Refused,
+    Repair,
     Restore,
     Step,
     Wait,
@@ -104,6 +105,13 @@ def store_workloads() -> Iterator[Workload]:
     yield of("quarantine", (*KEPT, A), Quarantine(A.digest, b"damaged"), **damaged)
     yield of("quarantine and put", (*KEPT, A, HOLDER, move("top", HOLDER)),
              Quarantine(A.digest, b"damaged"), A, **damaged)  # fmt: skip
+    copied = (*KEPT, A, B, Wait(), Gc(frozenset({A.digest, B.digest}), text_children),
+              A, B, move("sql", A), move("sql", B, A))  # fmt: skip
+    yield of("repair an object", copied, Repair(text_children), spoil=_corrupt(B),
+             damaged=frozenset({B.digest}))  # fmt: skip
+    yield of("repair a ref", copied, Repair(text_children), unreadable=True,
+             spoil=lambda disk: disk.overwrite(f"{HOME}/refs/sql/latest", b"damaged"))  # fmt: skip
+    yield of("repair a log", copied, Repair(text_children), unreadable=True, spoil=_insert)
     garbage = (A, B, C, TOP, MIDDLE)
     victims = frozenset(one.digest for one in garbage)
     yield of("gc", (*KEPT, *garbage), Gc(victims, text_children), width=24)
@@ -236,6 +244,13 @@ def _tear(disk: Disk) -> None:
     torn = data.splitlines(keepends=True)[-1][:-20]
     assert len(data) < SECTOR < len(data) + len(torn)
     disk.files[inode] = (data + torn, mtime)
+
+
+def _insert(disk: Disk) -> None:
+    inode = disk.find(f"{HOME}/log/sql.jsonl")
+    assert inode is not None
+    lines = disk.files[inode][0].splitlines(keepends=True)
+    disk.overwrite(f"{HOME}/log/sql.jsonl", b"".join([lines[0], b"damaged\n", *lines[1:]]))
 
 
 def _corrupt(one: Put) -> Callable[[Disk], None]:
