@@ -7,8 +7,8 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from adaptlib.errors import (
+    AdaptlibError,
     BaseMismatchError,
     BaseWarning,
     CorruptError,
@@ -27,6 +28,8 @@ from adaptlib.errors import (
 if TYPE_CHECKING:
     from torch import nn
 
+MAX_CONFIG = 16 * 1024 * 1024  # bytes of config.json
+MAX_MODULES = 100_000  # a config can ask for a billion layers
 DEMO_BASE = "adaptlib/demo-base"
 BUNDLE = Path(__file__).parent.parent / "demo" / "bundle"  # the model behind DEMO_BASE is in base/
 
@@ -126,15 +129,21 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
     """The base model in `directory`, from its config alone: shapes come from a model without
     weights. With `cache`, a directory, the answer is kept there by the digest of the config and
     transformers' version, which decides the names of modules."""
+    from adaptlib.experts.tensors import open_regular
+
     try:
-        config_bytes = (directory / "config.json").read_bytes()
-    except FileNotFoundError:
+        with open_regular(directory / "config.json") as file:
+            config_bytes = file.read(MAX_CONFIG + 1)
+    except NotFoundError:
         raise NotFoundError(f"{directory} holds no base model: no config.json") from None
+    if len(config_bytes) > MAX_CONFIG:
+        raise RefusedError(f"{directory} has a config.json of over {MAX_CONFIG:,} bytes")
     made_by = f"transformers {version('transformers')}\n".encode()
     key = hashlib.sha256(made_by + config_bytes).hexdigest()
     kept = cache / f"{key}.json" if cache else None
     if kept and kept.is_file():  # opening a pipe would wait for ever
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # made again
+        odd = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        with suppress(OSError, *odd):  # made again
             seen = json.loads(_checked(kept.read_text()))
             modules = {n: (int(o), int(i)) for n, (o, i) in seen["modules"].items()}
             return BaseModel(name, _revision(directory), seen["digest"], MappingProxyType(modules))
@@ -145,11 +154,12 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config can be wrong in every way
         raise RefusedError(
-            f"{directory} is not a causal language model that transformers can build: {error}"
+            f"{directory} is not a causal language model that transformers can build: "
+            f"{str(error)[:300]}"
         ) from error
     base = BaseModel.of(model)
     if kept:
@@ -165,6 +175,61 @@ def _checked(text: str) -> str:
     if said != hashlib.sha256(rest.encode()).hexdigest():
         raise ValueError("damaged")
     return rest
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Inside, a model of more than MAX_MODULES is not built to its end."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    left = iter(range(MAX_MODULES))
+
+    def count(*_: object) -> None:
+        if next(left, None) is None:
+            raise RefusedError(f"it has more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _no_pickle(name: str) -> Iterator[None]:
+    """Inside, unpickling weights is a RefusedError: transformers does so for what an index of
+    shards names, `use_safetensors` or not. Holds for all threads, so `_LOADING` is held."""
+    import torch
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise RefusedError(
+            f"{name} has a pickle among its weights; loading it can run code",
+            hint="save the base model as safetensors (transformers: save_pretrained does)",
+        )
+
+    before = torch.load
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+def _check_weights(where: Path) -> None:
+    """RefusedError for a base model with its weights in pickles alone, or with an adapter beside
+    them: transformers would put that on the model, unpickle it, and import what its config says."""
+    if (where / "adapter_config.json").exists():
+        raise RefusedError(
+            f"{where} holds an adapter beside the base model, which would be loaded with it",
+            hint=f"adaptlib add {where}, and give the base model without it",
+        )
+    names = sorted(path.name for path in where.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise RefusedError(
+            f"{where} has its weights in {pickles[0]} only, a pickle; loading it can run code",
+            hint="save the base model as safetensors (transformers: save_pretrained does)",
+        )
 
 
 def _keep(path: Path, text: str) -> None:
@@ -200,6 +265,8 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
             raise type(error)(
                 f"{error}; and it is not on this machine", hint="say where it is: --model DIRECTORY"
             ) from error
+    else:
+        _check_weights(where)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,7 +277,7 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
     source = str(where) if where is not None else name_or_path
     local = where is not None
     try:
-        with _LOADING:
+        with _LOADING, _no_pickle(f"the base model {name_or_path}"):
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=revision, local_files_only=local, trust_remote_code=False
             )
@@ -232,9 +299,12 @@ def load(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Any]:
         ) from error
     except SafetensorError as error:
         raise CorruptError(f"the weights of the base model at {source}: {error}") from error
-    except (ValueError, KeyError, TypeError, ImportError) as error:
+    except AdaptlibError:
+        raise
+    except Exception as error:  # a config can be wrong in every way
         raise RefusedError(
-            f"transformers cannot load {name_or_path} as a causal language model: {error}"
+            f"transformers cannot load {name_or_path} as a causal language model: "
+            f"{str(error)[:500]}"
         ) from error
     finally:
         if bars:

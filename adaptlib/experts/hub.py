@@ -108,11 +108,17 @@ def fetch(spec: str) -> Fetched:
 
 def check_model(name: str, *, revision: str | None = None) -> None:
     """Ask the hub once whether it has a model: NotFoundError where not, RemoteError where nobody
-    answers. Without it, transformers tries for a minute before it says so."""
+    answers, RefusedError where it is an adapter, which transformers would load as one. Without it,
+    transformers tries for a minute before it says so."""
     from huggingface_hub import HfApi
 
     with _said_as_ours(f"the base model {name}"):
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+        info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+    if any(file.rfilename == CONFIG_NAME for file in info.siblings or ()):
+        raise RefusedError(
+            f"{name} on the hub holds an adapter, so it is no base model",
+            hint=f"adaptlib add hf://{name}",
+        )
 
 
 def _wanted(spec: str, prefix: str, files: "Mapping[str, RepoSibling]") -> "dict[str, RepoSibling]":
