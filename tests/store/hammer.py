@@ -32,7 +32,8 @@ def collect(library: Library, seed: int, stop: Path) -> dict[str, int]:
     store, counts = library.store, collections.Counter[str]()
     assert isinstance(store, LocalStore)
     choose = random.Random(seed)
-    while not stop.exists():
+    end = time.monotonic() + 2 * DEADLINE  # nobody may be left to say so
+    while not stop.exists() and time.monotonic() < end:
         try:
             result = library.gc(grace=NONE, history=NONE, allow_empty=True)
             counts["collections"] += 1
