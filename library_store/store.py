@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -209,7 +209,8 @@ class Store(ABC):
             self._purge(now)
             removed = self._sweep(plan.victims, gc_id)
             if removed and not self._reach_only(plan.marked):
-                self.restore(gc_id)
+                with suppress(ObjectNotFound):  # another one has restored it by now
+                    self.restore(gc_id)
                 raise GcAborted(
                     "nothing was removed: a ref moved during the sweep", hint="try again"
                 )

@@ -67,9 +67,11 @@ def move_refs(store: Store, moves: Sequence[Move]) -> None:
             except Exception:
                 stuck.append(str(move.ref))
         if stuck and isinstance(error, Exception):
+            said = f"{error}; {', '.join(stuck)} had moved before that and could not be moved back"
+            if isinstance(error, ConflictError):
+                raise ConflictError(said, hint=error.hint) from error
             raise AdaptlibError(
-                f"{error}; {', '.join(stuck)} had moved before that and could not be moved back",
-                hint="once the disk is well: the same command again",
+                said, hint="once the disk is well: the same command again"
             ) from error
         raise
 
