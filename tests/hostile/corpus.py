@@ -135,7 +135,16 @@ HEADERS: dict[str, Entry] = {
     ),
     "65537-tensors": _weights(lambda: file({str(i): entry(0, 0, [0]) for i in range(65_537)})),
     "65536-tensors-and-a-byte": _weights(
-        lambda: file({f"a.{i}": entry(0, 0, [0] * 8) for i in range(65_536)}, b"x")
+        lambda: file(
+            b"{"
+            + b",".join(
+                b'"a.%d":{"dtype":"F32","shape":[0,0,0,0,0,0,0,0],"data_offsets":[0,0]}' % i
+                for i in range(65_536)
+            )
+            + b"}",
+            b"x",
+        ),
+        CORRUPT,
     ),
     "three-million-strings": _weights(lambda: _text(b'{"a":["' + b'ab","' * 3_300_000 + b'"]}')),
     "one-million-lists": _weights(lambda: _text(b'{"a":[[]' + b",[]" * 10**6 + b"]}")),
@@ -158,9 +167,7 @@ HEADERS: dict[str, Entry] = {
     "metadata-a-number": _weights(file({"__metadata__": 5, "a": entry(0, 4)}, bytes(4))),
     "metadata-of-lists": _weights(file({"__metadata__": {"a": []}, "a": entry(0, 4)}, bytes(4))),
     "metadata-huge": _weights(
-        lambda: file(
-            {"__metadata__": {str(i): "" for i in range(800_000)}, "a": entry(0, 4)}, bytes(4)
-        )
+        lambda: _text(b'{"__metadata__":{' + b'"a":"",' * 800_000 + b'"b":""},"a":' + PLAIN + b"}")
     ),
     "tensors-NaN": _weights(
         lambda: tensors(pair() | {A: np.full((2, 6), np.nan, np.float32)}), REFUSED

@@ -245,8 +245,9 @@ def _value(rng: random.Random, depth: int) -> str:
 # -- running --------------------------------------------------------------------------------------
 
 
-def run(inputs: int, *, seed: int = 0, seconds: float | None = None) -> Result:
-    """Feed `inputs` to the targets in turn, or as many as there is time for."""
+def run(inputs: int, *, seed: int = 0, seconds: float | None = None, most: int = 20) -> Result:
+    """Feed `inputs` to the targets in turn, or as many as there is time for, until there are `most`
+    findings."""
     rng, started = random.Random(seed), time.perf_counter()
     valid, names = seeds(), list(TARGETS)
     outcomes: Counter[str] = Counter()
@@ -268,6 +269,8 @@ def run(inputs: int, *, seed: int = 0, seconds: float | None = None) -> Result:
         outcomes[f"{name}: {outcome}" if outcome in KNOWN else f"{name}: finding"] += 1
         if outcome not in KNOWN:
             findings.append(Finding(outcome, name, data))
+            if len(findings) == most:
+                break
         if seconds is not None and i % 256 == 0 and time.perf_counter() - started > seconds:
             break
     return Result(outcomes, findings, time.perf_counter() - started)
@@ -299,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{sum(result.outcomes.values()):>9,}  inputs in {result.seconds:.0f} s, seed {asked.seed}"
     )
-    for finding in result.findings[:20]:
+    for finding in result.findings:
         print(f"\n{finding.target}: {finding.what}\n  {finding.data!r}")
     return 1 if result.findings else 0
 

@@ -41,4 +41,4 @@ def test_a_weaker_reader_is_found_out(
     name: str, broken: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensors, name, broken)
-    assert fuzz_header.run(20_000, seed=0).findings
+    assert fuzz_header.run(20_000, seed=0, most=1).findings

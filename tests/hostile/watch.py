@@ -181,7 +181,23 @@ def _through_link(folder: Path) -> None:
     (folder / "link" / "file").write_text("")
 
 
+def _shrink(folder: Path) -> None:
+    """Add an adapter whose weights lose their end once the header has been read."""
+    from adaptlib.experts import Library, peft
+
+    file, read = folder / "shrinking" / "adapter_model.safetensors", peft.read_tensors
+
+    def shrunk(source: str, view: memoryview) -> Any:
+        found = read(source, view)
+        os.truncate(file, 4096)
+        return found
+
+    peft.read_tensors = shrunk
+    Library.open(folder / "library").add(folder / "shrinking")
+
+
 DEEDS: dict[str, Callable[[Path], Any]] = {
+    "add what shrinks": _shrink,
     "unpickle": _unpickle,
     "unpickle plainly": _unpickle_plainly,
     "import": _import,
