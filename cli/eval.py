@@ -161,7 +161,7 @@ def _check(
 
     for name in measured:
         check_choice("--metric", name, METRICS)
-    check_choice("--split", split, ("train", "valid", "test"))
+    check_choice("--split", split, ("test", "train", "valid"))
     for option, count in (("--rows", rows), ("--batch-size", batch_size)):
         if count is not None and count < 1:
             raise UsageError(f"{option} is 1 or more; got {count}", hint=f"{option} 50")

@@ -24,14 +24,14 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return starts[0] if len(starts) == 1 else None
 
 
-def near_file(path: str) -> str:
-    """`; did you mean X?` for what is there beside a path that is not."""
+def near_file(path: str) -> str | None:
+    """The file or folder beside a path that is not there whose name is nearest."""
     wanted = Path(path)
     if not wanted.parent.is_dir():
-        return ""
+        return None
     there = [one.name for one in wanted.parent.iterdir()]
     close = difflib.get_close_matches(wanted.name, there, n=1, cutoff=0.5)
-    return f"; did you mean {wanted.parent / close[0]}?" if close else ""
+    return str(wanted.parent / close[0]) if close else None
 
 
 def _form(word: str) -> str:

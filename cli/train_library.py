@@ -162,9 +162,11 @@ def read_all(
     for source in sources:
         folder = Path(source).is_dir()
         if not (folder or Path(source).exists() or source.startswith("hf://") or source == "-"):
+            close = near_file(source)
             raise NotFoundError(
-                f"there is no task file and no folder {source}{near_file(source)}",
-                hint="a folder of task files, or files: adaptlib train-library tasks/",
+                f"there is no task file and no folder {source}"
+                + (f"; did you mean {close}?" if close else ""),
+                hint=close or "a folder of task files, or files: tasks/",
             )
         for task in read_tasks(source, **how).values() if folder else [read_task(source, **how)]:
             if task.name in found:

@@ -254,7 +254,7 @@ MEANT: list[tuple[str, int, str, str]] = [  # (words, code, what was meant, what
     ("route --prompt x --compare uniform,arrwo", 2, "arrow", "--router arrow"),
     ("route --prompt x --mix outputz", 2, "outputs", "--mix outputs"),
     ("route --prompt x --scope tokens", 2, "token", "--scope token"),
-    ("eval --tasks x --router arow", 3, "", "adaptlib train-library tasks/"),
+    ("eval --tasks x --router arow", 3, "", "tasks/"),
     ("eval --tasks x --metric rougel", 2, "rouge_l", "--metric rouge_l"),
     ("eval --tasks x --split tests", 2, "test", "--split test"),
     ("merge poems sums --method tis", 2, "ties", "adaptlib merge --methods"),

@@ -219,7 +219,7 @@ REFUSED = {
     "rank of sparse": (["one", "two", "--rank", "1", "--kind", "sparse"], 2, "a rank is of a LoRA"),
     "rank and ratio": (["one", "--rank", "1", "--keep-ratio", "0.5"], 2, "a rank is of a LoRA"),
     "ratio too high": (["one", "two", "--keep-ratio", "1.5"], 2, "<= 1"),
-    "kind": (["one", "two", "--kind", "dense"], 2, "not one of 'lora', 'sparse'"),
+    "kind": (["one", "two", "--kind", "dense"], 2, "--kind is one of lora, sparse"),
     "factors of sparse": (["one", "few", "--on", "factors"], 7, "factors"),
     "a bad name": (["one", "two", "--name", "No Name"], 2, "No Name"),
     "a taken name": (["one", "two", "--name", "few"], 5, "few is taken"),

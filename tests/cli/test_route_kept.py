@@ -27,7 +27,7 @@ def test_a_scope(run: Any) -> None:
     assert run(*PROMPT, "--json").document["scope"] == "token"
     wrong = run(*PROMPT, "--scope", "word")
     assert wrong.code == 2
-    assert "--scope is token, sequence or prompt; got 'word'" in wrong.err
+    assert "--scope is one of token, sequence, prompt; got 'word'" in wrong.err
     none = run(*PROMPT, "--router", "uniform", "--scope", "prompt")
     assert "router uniform has no --scope; it is not used" in none.err
 

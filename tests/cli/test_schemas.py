@@ -81,6 +81,7 @@ PLAIN: list[tuple[str, list[str], str, int]] = [
     ("merge-plan", [], "merge poems team/sql:v1 --name both --dry-run", 0),
     ("merge-methods", [], "merge --methods", 0),
     ("schema", [], "schema", 0),
+    ("completion", [], "completion bash", 0),
     ("error", [], "show poem", 3),
     ("show", ["cluster --k 2 --save tasks"], "show clusterings/tasks", 0),
     ("gc", ["rm sums", "gc --grace 0 --history 0"], "gc --restore ID", 0),

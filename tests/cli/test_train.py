@@ -269,10 +269,10 @@ def test_what_is_wrong_is_said_before_time_is_spent(
     monkeypatch.setattr(command, "_run", None)  # nothing below is trained
     assert "--base DIRECTORY" in no(task, "--base", "./absent", code=3)
     assert "there is no" in no("absent.jsonl", *base, code=3)
-    assert "--kind is full, lora, sparse" in no(task, *base, "--kind", "dora")
+    assert "--kind is one of full, lora, sparse" in no(task, *base, "--kind", "dora")
     assert "rank wants more than 0" in no(task, *base, "--rank", "0")
     assert "--dtype" in no(task, *base, "--dtype", "int8")
-    assert "no selection" in no(task, *base, "--selection", "best")
+    assert "--selection is one of" in no(task, *base, "--selection", "best")
     assert "matches no linear module" in no(task, *base, "--target", "qkv")
     assert "context is 32" in no(task, *base, "--max-length", "64")
     assert "'../x'" in no(task, *base, "--name", "../x")

@@ -132,7 +132,8 @@ def test_gates_move_names_to_experts_that_have_one(
 
 def test_words_that_mean_nothing(run: Any, tasks: Path, empty: Library) -> None:
     wrong = run("train-router", "mhrr", tasks, "--name", "x", "--json")
-    assert (wrong.code, wrong.error["hint"]) == (2, "did you mean mhr?")
+    assert (wrong.code, wrong.error["hint"]) == (2, "adaptlib train-router mhr TASKS")
+    assert "did you mean mhr?" in wrong.error["message"]
     assert run("train-router", "mhr", tasks).code == 2
     assert run("train-router", "mhr", tasks, "--name", "routers/x").code == 2
     assert run("train-router", "mope", tasks, "--name", "x", "--from", "y").code == 2
