@@ -117,6 +117,10 @@ def purge(root: Path, now: datetime) -> None:
 
 
 def _listed(directory: Path) -> list[tuple[str, _files.Kind]] | None:
+    """What is in a directory; None where there is none, or a link to one, which is not ours."""
+    found = _files.status(directory)
+    if found is None or found.kind != "directory":
+        return None
     try:
         return _files.list_directory(directory)
     except (FileNotFoundError, NotADirectoryError):

@@ -198,7 +198,8 @@ def _lock(how: Callable[[Path], Any], *, old: bool = False) -> Spoil:
     def write(path: Path) -> None:
         how(path)
         if old:
-            os.utime(path, (time.time() - MONTH,) * 2)
+            when = time.time() - MONTH
+            os.utime(path, (when, when))
 
     return _replaced("tmp/refs.lock", write)
 
