@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from . import document, documents_config, documents_library, documents_models
+from . import document, documents_config, documents_groups, documents_library, documents_models
 
 FOLDER = Path(__file__).with_name("schemas")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -50,7 +50,13 @@ def text_of(name: str) -> str:
 
 
 def _documents() -> Iterator[type]:
-    for module in (document, documents_config, documents_library, documents_models):
+    for module in (
+        document,
+        documents_config,
+        documents_groups,
+        documents_library,
+        documents_models,
+    ):
         for one in vars(module).values():
             if (
                 isinstance(one, type)
