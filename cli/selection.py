@@ -78,7 +78,7 @@ def _members(library: "Library", asked: str) -> list[str]:
 
 
 def _now(library: "Library", name: str, digest: str, saved: str) -> str:
-    from adaptlib.errors import NotFoundError
+    from adaptlib.errors import CorruptError, NotFoundError
 
     try:
         if library.digest(name) == digest:
@@ -87,8 +87,8 @@ def _now(library: "Library", name: str, digest: str, saved: str) -> str:
         pass
     try:
         return library.digest(digest)
-    except NotFoundError:
-        raise NotFoundError(
+    except (NotFoundError, CorruptError) as error:
+        raise type(error)(
             f"{name} as it was in the clustering {saved}, {digest[:19]}, is gone",
             hint=f"cluster again: adaptlib cluster --save {saved}",
         ) from None
