@@ -90,7 +90,6 @@ def recover(objects: ObjectFiles, digest: Digest, *, dry_run: bool) -> bool:
         if not dry_run:
             _files.touch(copy)
             objects.publish(copy, digest)
-            _files.fsync_directory(copy.parent)
         return True
     return False
 

@@ -91,7 +91,7 @@ def store_workloads() -> Iterator[Workload]:
     yield of("remove and again", (A, move("team/sql", A)),
              move("team/sql", None, A), move("team/sql", A))  # fmt: skip
     yield of("many moves", (A, B), *(move("sql", *ab) for ab in
-             ((A,), (B, A), (A, B), (B, A), (A, B))))  # fmt: skip
+             ((A,), (B, A), (A, B), (B, A))))  # fmt: skip
     yield of("torn log", (A, B, move("sql", A), move("sql", B, A)),
              move("sql", A, B), move("sql", B, A), spoil=_tear)  # fmt: skip
     yield of("a name that was a directory", (A,), move("a/b:c", A), spoil=_leave_directories)
