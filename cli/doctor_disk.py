@@ -20,6 +20,7 @@ from typing import Final, Literal
 from . import out
 
 RACES: Final = 100  # files that two processes try to create at the same time
+STEP: Final = 0.0005  # seconds from one file to the next
 SKEW: Final = 5.0  # seconds between the clocks that are worth a word
 FUTURE: Final = 300.0  # seconds of it from which gc refuses to work
 LITTLE, NOTHING = 10**9, 10**7  # bytes that are free
@@ -33,11 +34,14 @@ ONE_WRITER: Final = "change the library from one machine at a time"
 
 # Run by another process: it creates what it can of the same files, and says which.
 _OTHER: Final = """
-import os, sys
-base, count = sys.argv[1], int(sys.argv[2])
-sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
+import os, sys, time
+base, count, step = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+sys.stdout.write("ready\\n"); sys.stdout.flush()
+start = float(sys.stdin.readline())
 won = []
 for i in range(count):
+    while time.monotonic() < start + i * step:
+        pass
     try:
         os.close(os.open(f"{base}{i}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         won.append(i)
@@ -164,9 +168,9 @@ def _excludes(base: Path) -> Check:
 
 
 def _race(base: str) -> tuple[set[int], set[int]]:
-    """Which files this process created, and which another one, at the same time."""
+    """Which files this process created, and which another one, each at the same moment."""
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _OTHER, base, str(RACES)],
+        [sys.executable, "-I", "-S", "-c", _OTHER, base, str(RACES), str(STEP)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -174,9 +178,14 @@ def _race(base: str) -> tuple[set[int], set[int]]:
         assert other.stdin is not None
         assert other.stdout is not None
         other.stdout.readline()
-        other.stdin.write("go\n")
+        start = time.monotonic() + 20 * STEP
+        other.stdin.write(f"{start}\n")
         other.stdin.flush()
-        mine = {i for i in range(RACES) if _create(f"{base}{i}")}
+        mine = set()
+        for i in range(RACES):
+            while time.monotonic() < start + i * STEP:
+                pass
+            mine |= {i} if _create(f"{base}{i}") else set()
         theirs = {int(word) for word in other.stdout.readline().split()}
     return mine, theirs
 

@@ -257,7 +257,8 @@ class Library(Mapping[str, "adaptlib.experts.expert.Expert"]):
         """Bytes first, names after, and last what can be made again."""
         kept = [self._put(one) for one in prepared]
         pairs = list(zip(prepared, kept, strict=True))
-        moves = [Move(p.ref, p.before, Digest.parse(a.digest), "add") for p, a in pairs if a.new]
+        # Also where it is there: whoever moved it may have been killed before that was durable.
+        moves = [Move(p.ref, p.before, Digest.parse(a.digest), "add") for p, a in pairs]
         move_refs(self.store, moves)
         for one, added in pairs:
             # What had no name yet may have gone to a collection with hardly any grace.

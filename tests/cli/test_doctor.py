@@ -167,7 +167,7 @@ def test_a_directory_without_the_right_to_write(run: Any, library: Library, tmp_
 def test_a_clock_that_differs_from_that_of_files(
     run: Any, library: Library, monkeypatch: pytest.MonkeyPatch, shift: int, status: str, says: str
 ) -> None:
-    here = types.SimpleNamespace(time=lambda: time.time() - shift)
+    here = types.SimpleNamespace(time=lambda: time.time() - shift, monotonic=time.monotonic)
     monkeypatch.setattr(doctor_disk, "time", here)
     found = checks(run, code=int(status == "fail"))["clock"]
     assert found["status"] == status
