@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 ADAPTLIB = str(Path(sys.executable).with_name("adaptlib"))
+# Without what keeps Python from keeping compiled modules, or from gathering what it writes.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 _ADDS = """
 import sys
 from pathlib import Path
@@ -69,7 +71,12 @@ def make_adapter(directory: Path, megabytes: float, seed: int = 0) -> Path:
 def shell(command: str) -> float:
     started = time.perf_counter()
     subprocess.run(
-        command, shell=True, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        shell=True,
+        check=True,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     return time.perf_counter() - started
 
@@ -143,8 +150,7 @@ def memory(scratch: Path, options: argparse.Namespace) -> None:
         shutil.rmtree(source)
         shutil.rmtree(scratch / "library")
     for megabytes, above in peaks.items():
-        flat = above <= 2 * peaks[50]
-        say(f"an adapter of {megabytes} MB", f"{above:.0f} MB", "2x that of 50 MB", flat)
+        say(f"an adapter of {megabytes} MB", f"{above:.0f} MB", "50 MB for any", above <= 50)
 
 
 def verify(scratch: Path, options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .commands import ALIASES, COMMANDS
 from .pages import CODES, GROUPS, PAGES, PANELS, VARIABLES, panel
+from .spare import spare
 from .suggest import near
 
 Rows = Sequence[tuple[str, str]]
@@ -28,6 +29,10 @@ def width() -> int:
 
 class Command(TyperCommand):
     """One command, with its page."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spare(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.width = width() - 1
@@ -58,6 +63,10 @@ class Command(TyperCommand):
 
 class Commands(TyperGroup):
     """All commands, in groups. Its help imports none of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spare(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         formatter.width = width() - 1

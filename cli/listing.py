@@ -1,7 +1,8 @@
 """adaptlib list: what is in the library."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,7 @@ EXAMPLES = (
     "adaptlib list --json",
 )
 KEYS = ("name", "digest", "kind", "base", "task", "rank", "modules", "params", "bytes")
+KEPT = ("kind", "base", "task", "description", "rank", "modules", "params", "bytes")  # by the index
 COLUMNS = ("name", "kind", "rank", "bytes", "digest", "base")
 HOW = {  # how `out.table` treats a column; the others are shown whole, at the left
     **dict.fromkeys(("rank", "modules", "params", "bytes", "added"), "right"),
@@ -76,54 +78,59 @@ def list_experts(
     conditions = [parse_filter(text) for text in filters or ()]
     keys = parse_sort(words(sort))
     columns = [parse_field(word, "--fields") for word in words(fields)]
-    asked = {*columns, *(one.field for one in conditions), *(key.field for key in keys)}
+    shown = columns or (KEYS if json or plain else [*COLUMNS])
+    asked = {*(one.field for one in conditions), *(key.field for key in keys)}
+    asked |= set() if quiet else {*shown, *(() if json or plain else ("bytes",))}
     catalog = Catalog.open(library)
     rows = _rows(catalog, asked, all_tags=all_tags)
     if "cluster" in asked:
         _check_clusters(catalog, conditions)
     chosen = choose(rows, conditions, keys, limit, now=datetime.now(UTC))
     if json:
-        experts = [{key: _data(row[key]) for key in columns or KEYS} for row in chosen]
+        experts = [{key: _data(row[key]) for key in shown} for row in chosen]
         out.document("list-fields" if columns else "list", experts=experts)
     elif quiet:
         for row in chosen:
             out.line(row["name"])
     elif plain:
-        shown = columns or KEYS
         out.plain_table(shown, [[_text(row[key]) for key in shown] for row in chosen])
     elif not rows:
         out.note("The library is empty.\n  Next: adaptlib add SOURCE, or adaptlib init --demo")
     elif not chosen:
         out.note(f"None of {out.count(len(rows), 'expert')} is like that")
     else:
-        _print(chosen, columns or [*COLUMNS], whole=no_truncate)
+        _print(chosen, shown, whole=no_truncate)
         of = f" of {len(rows):,}" if len(chosen) < len(rows) else ""
         total = out.size(sum(row["bytes"] for row in chosen))
         out.note(f"{out.count(len(chosen), 'expert')}{of}, {total}")
 
 
-def _rows(catalog: "Catalog", asked: set[str], *, all_tags: bool) -> list[Row]:
-    """A row for each expert. What is slow to find out is there if it was asked for."""
-    summaries = catalog.summarised(catalog.tags() if all_tags else catalog.names())
-    clusters = _clusters(catalog) if "cluster" in asked else {}
-    logs: dict[str, dict[str, datetime]] = {}
-    rows: list[Row] = []
-    for shown, (digest, summary) in summaries.items():
+def _rows(catalog: "Catalog", asked: set[str], *, all_tags: bool) -> list[dict[str, Any]]:
+    """A row for each expert, with what was asked for: the rest may be slow to find out."""
+    names = catalog.tags() if all_tags else catalog.names()
+    rows: list[dict[str, Any]] = []
+    for shown, digest in names.items():
         name, _, tag = shown.partition(":")
-        row: dict[str, Any] = {
-            "name": shown,
-            "tag": tag or "latest",
-            "digest": digest,
-            **{key: getattr(summary, key) for key in ("kind", "base", "task", "description")},
-            **{key: getattr(summary, key) for key in ("rank", "modules", "params", "bytes")},
-            "added": None,
-            "cluster": clusters.get(digest, ()),
-        }
-        if "added" in asked:
+        rows.append({"name": shown, "tag": tag or "latest", "digest": digest})
+    kept = [key for key in KEPT if key in asked]
+    if kept:
+        values = (
+            attrgetter(*kept) if len(kept) > 1 else lambda summary: (getattr(summary, kept[0]),)
+        )
+        summaries = catalog.summarised(names).values()
+        for row, (_, summary) in zip(rows, summaries, strict=True):
+            row.update(zip(kept, values(summary), strict=True))
+    if "cluster" in asked:
+        clusters = _clusters(catalog)
+        for row in rows:
+            row["cluster"] = clusters.get(row["digest"], ())
+    if "added" in asked:
+        logs: dict[str, dict[str, datetime]] = {}
+        for row in rows:
+            name = row["name"].partition(":")[0]
             if name not in logs:
                 logs[name] = {entry.ref.tag: entry.time for entry in catalog.store.log(name)}
             row["added"] = logs[name].get(row["tag"])
-        rows.append(row)
     return rows
 
 
@@ -184,34 +191,34 @@ def _text(value: Any) -> Any:
 
 
 def _print(rows: Sequence[Row], columns: Sequence[str], *, whole: bool) -> None:
-    now = datetime.now(UTC)
-    labels = {one.rpartition(":")[0] for row in rows for one in row["cluster"]}
+    labels = {one.rpartition(":")[0] for row in rows for one in row.get("cluster", ())}
+    shown = {key: _shown(key, whole=whole, alone=len(labels) < 2) for key in columns}
+    cells = [
+        ["" if value in (None, ()) else show(value) for value in map(itemgetter(key), rows)]
+        for key, show in shown.items()
+    ]
     out.table(
         [
             (HEADINGS.get(key, key.upper()), "left" if whole and how == "cut" else how)
-            for key in columns
+            for key in shown
             for how in [HOW.get(key, "left")]
         ],
-        [
-            [_cell(row, key, now, whole=whole, alone=len(labels) < 2) for key in columns]
-            for row in rows
-        ],
+        list(zip(*cells, strict=True)),
     )
 
 
-def _cell(row: Mapping[str, Any], key: str, now: datetime, *, whole: bool, alone: bool) -> str:
-    """A value for people. `alone`: there is one clustering, so its name says nothing."""
-    value = row[key]
-    if value in (None, ()):
-        return ""
-    if key == "name":
-        return value if whole else out.cut(value, LONGEST)
-    if key == "digest":
-        return value if whole else value.removeprefix("sha256:")[:7]
-    if key == "bytes":
-        return out.size(value)
-    if key == "added":
-        return out.ago(now - value)
-    if key == "cluster":
-        return ", ".join(one.rpartition(":")[2] if alone else one for one in value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _shown(key: str, *, whole: bool, alone: bool) -> Callable[[Any], str]:
+    """How a field is shown to people. `alone`: of one clustering, whose name says nothing."""
+    now = datetime.now(UTC)
+    ways: dict[str, Callable[[Any], str]] = {
+        "bytes": out.size,
+        "added": lambda value: out.ago(now - value),
+        "cluster": lambda value: ", ".join(
+            one.rpartition(":")[2] if alone else one for one in value
+        ),
+        **dict.fromkeys(("rank", "modules", "params"), "{:,}".format),
+    }
+    if not whole:
+        ways["name"] = lambda value: out.cut(value, LONGEST)
+        ways["digest"] = lambda value: value.removeprefix("sha256:")[:7]
+    return ways.get(key, str)

@@ -19,8 +19,10 @@ def lay_out(
     """The lines of a table, the headings first. A column is (heading, how): `left` and `right` are
     shown whole, however wide; `cut` and `fold` share what is left of `width`, where the one loses
     its end and the other goes on in the next line. A cell may have several lines."""
-    cells = [[cell.split("\n") for cell in row] for row in rows]
     headings = [heading for heading, _ in columns]
+    if lines := _simple(columns, rows, width):
+        return [_join(headings, columns, lines[0], bold), *lines[1]]
+    cells = [[cell.split("\n") for cell in row] for row in rows]
     whole = [
         max(map(measure, [heading, *(line for row in cells for line in row[i])]))
         for i, heading in enumerate(headings)
@@ -36,6 +38,24 @@ def lay_out(
             texts = [cell[k] if k < len(cell) else "" for cell in fitted]
             lines.append(_join(texts, columns, widths))
     return lines
+
+
+def _simple(
+    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[int], list[str]] | None:
+    """The widths and the lines where each cell is a line of ASCII and has room, as in most tables
+    of thousands: a tenth of the time. None where that is not so."""
+    whole: list[int] = []
+    for (heading, _), cells in zip(columns, zip(*rows, strict=True), strict=False):
+        text = "\n".join((heading, *cells, ""))
+        if not text.isascii() or text.count("\n") > len(cells) + 1 or " \n" in text:
+            return None
+        whole.append(max(len(heading), max(map(len, cells))))
+    if not whole or _share(columns, whole, width) != whole:
+        return None
+    sides = [">" if how == "right" else "<" for _, how in columns]
+    line = GAP.join(f"{{:{side}{room}}}" for side, room in zip(sides, whole, strict=True))
+    return whole, [line.format(*row).rstrip(" ") for row in rows]
 
 
 def measure(text: str) -> int:

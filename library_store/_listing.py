@@ -56,7 +56,7 @@ def look(refs: RefFiles, root: Path, seen: Seen | None) -> tuple[dict[tuple[str,
             below, present = _entries(top, name)
             tags = {tag: known[2].get(tag) if known else None for tag in present}
             fresh = True
-        held: dict[str, Any] = {}
+        held = tags  # the same object where nothing is new, as it is nearly everywhere
         for tag, entry in tags.items():
             try:
                 there = _files.stamp(f"{top}/{name}/{tag}")
@@ -64,11 +64,15 @@ def look(refs: RefFiles, root: Path, seen: Seen | None) -> tuple[dict[tuple[str,
                 raise Unusual(name) from None
             if entry is None or entry[0] != there:
                 entry = [there, _read(refs, name, tag)]
-                fresh = fresh or _is_settled(there, newest)
+                settled = _is_settled(there, newest)
+                held = {**held, tag: entry if settled else None}
+                fresh = fresh or settled
             listed[name, tag] = entry[1]
-            held[tag] = entry if _is_settled(there, newest) else None
-        waiting.extend(f"{name}/{one}" if name else one for one in below)
-        if _is_settled(stamp, newest):
+        if below:
+            waiting.extend(f"{name}/{one}" if name else one for one in below)
+        if known is not None and held is known[2] and below is known[1]:
+            now[name] = known
+        elif _is_settled(stamp, newest):
             now[name] = [stamp, below, held]
     fresh = fresh or len(now) != len(seen)
     return dict(sorted(listed.items())), now if fresh else seen

@@ -2,7 +2,10 @@
 
 import re
 from collections import Counter
+from typing import Any
 
+import pytest
+from adaptlib.cli import table
 from adaptlib.cli.table import lay_out, measure
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +66,17 @@ def test_wide_characters_take_two_columns() -> None:
     lines = lay_out([("A", "left"), ("B", "left")], [("日本", "x"), ("abcd", "y")], 80)
     assert [line.index(end) for line, end in zip(lines[1:], "xy", strict=True)] == [4, 6]
     assert lay_out([("A", "cut")], [("日本" * 10,)], 9) == ["A", "日本日.."]
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.text("ab z", max_size=6)] * 3), max_size=6),
+    hows=st.tuples(*[st.sampled_from(["left", "right", "cut", "fold"])] * 3),
+    width=st.integers(8, 40),
+)
+def test_the_short_way_and_the_long_way_are_one(rows: Any, hows: Any, width: int) -> None:
+    """Tables of plain lines that have room are laid out at once."""
+    columns = [*zip(("ONE", "TWO", "THREE"), hows, strict=True)]
+    quick = lay_out(columns, rows, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "_simple", lambda *_: None)
+        assert lay_out(columns, rows, width) == quick
