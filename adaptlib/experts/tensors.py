@@ -120,13 +120,16 @@ def release(view: memoryview) -> None:
     writable: whoever goes through a large file needs no more than its largest tensor. What is
     looked at again is read again."""
     mapped = view.obj
-    if not view.readonly or not isinstance(mapped, mmap.mmap) or not hasattr(mapped, "madvise"):
+    if not view.readonly or not isinstance(mapped, mmap.mmap) or not view.nbytes:
         return
-    whole = np.frombuffer(mapped, np.uint8)
-    begin = np.frombuffer(view, np.uint8).ctypes.data - whole.ctypes.data if view.nbytes else 0
-    begin -= begin % mmap.PAGESIZE
-    if view.nbytes:
+    if hasattr(mapped, "madvise"):
+        begin = _address(view) - _address(mapped)
+        begin -= begin % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_DONTNEED, begin, min(view.nbytes, len(mapped) - begin))
+
+
+def _address(buffer: memoryview | mmap.mmap) -> int:
+    return np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
 
 
 def open_regular(path: Path) -> BinaryIO:
