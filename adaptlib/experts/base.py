@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -138,6 +137,8 @@ def describe(directory: Path, name: str, *, cache: Path | None = None) -> BaseMo
         raise NotFoundError(f"{directory} holds no base model: no config.json") from None
     if len(config_bytes) > MAX_CONFIG:
         raise RefusedError(f"{directory} has a config.json of over {MAX_CONFIG:,} bytes")
+    from importlib.metadata import version  # takes longer than most of what imports this
+
     made_by = f"transformers {version('transformers')}\n".encode()
     key = hashlib.sha256(made_by + config_bytes).hexdigest()
     kept = cache / f"{key}.json" if cache else None
