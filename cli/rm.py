@@ -46,9 +46,7 @@ def rm(
             going[name] = opened.removable(name)
     frees = opened.freed_by([ref for refs in going.values() for ref in refs])
     if not dry_run:
-        moves = [
-            Move(ref, old, None, "rm") for refs in going.values() for ref, old in refs.items()
-        ]
+        moves = [Move(ref, old, None, "rm") for refs in going.values() for ref, old in refs.items()]
         move_refs(opened.store, moves)
     removed = [
         {"name": name, "digest": str(refs.get(Ref.parse(name)) or next(iter(refs.values())))}
