@@ -175,7 +175,8 @@ def _failure(error: Exception, arguments: list[str]) -> int:
         found_damage = isinstance(error, GcAborted) and isinstance(
             error.__cause__, AdaptlibError | StoreError
         )
-        if found_damage or (code == 4 and not isinstance(error, UnknownFormat)):
+        code = 4 if found_damage else code
+        if code == 4 and not isinstance(error, UnknownFormat):
             hint = "adaptlib verify --repair"
     elif isinstance(error, OSError):
         code, hint = 1, hint or "the library is as it was; adaptlib doctor looks at disk and rights"

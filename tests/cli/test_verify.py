@@ -333,6 +333,7 @@ def test_gc_that_stops_at_damage_says_how_to_go_on(run: Any, library: Library, w
     else:
         hurt(library, "manifest")
     failed = run("gc", "--json")
+    assert failed.code == 4
     assert failed.error["hint"] == REPAIR
     typed(run, failed.error["hint"])
     if what == "manifest":
