@@ -55,9 +55,9 @@ SOAK ?= 20
 
 soak: $(VENV)/.test
 	rm -f soak.jsonl
-	ADAPTLIB_SOAK=$(SOAK) ADAPTLIB_SOAK_REPORT=$(CURDIR)/soak.jsonl \
-	  $(BIN)/python -m pytest -q tests/store tests/hostile tests/experts/test_corruption.py \
-	  tests/experts/test_library_faults.py tests/cli/test_faults.py
+	OMP_NUM_THREADS=1 ADAPTLIB_SOAK=$(SOAK) ADAPTLIB_SOAK_REPORT=$(CURDIR)/soak.jsonl \
+	  $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/store tests/hostile \
+	  tests/experts/test_corruption.py tests/experts/test_library_faults.py tests/cli/test_faults.py
 	$(MAKE) fuzz
 
 fuzz: $(VENV)/.test
