@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,28 @@ from tests.soak import report
 from tests.store.faulty import CODES
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 2  # processes, which run the cases that are asked for side by side
 
 
 @pytest.fixture(scope="module")
 def trials(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """What the trials of a case gave. They begin with the first question."""
+    """What the trials of a case gave, from a process that goes through one case after another."""
     template = tmp_path_factory.mktemp("faults") / "template"
     words = [sys.executable, "-m", "tests.cli.trials", str(template), broken.make(template)]
-    asked = [
-        str(item.callspec.params["name"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.path == request.path
-    ]
     pipe = subprocess.PIPE
-    with ExitStack() as stack:
-        answers: dict[str, Any] = {}
-        for first in range(WORKERS):
-            process = subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-            stack.enter_context(process)
-            assert process.stdin is not None
-            names = asked[first::WORKERS]
-            process.stdin.write("".join(f"{name}\n" for name in names))
-            process.stdin.close()
-            answers |= dict.fromkeys(names, process.stdout)
-        yield lambda name: json.loads(answers[name].readline())
+    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def ask(name: str) -> dict[str, Any]:
+            asked.write(f"{name}\n")
+            asked.flush()
+            return json.loads(answers.readline())
+
+        yield ask
+        asked.close()
 
 
 @pytest.mark.parametrize("name", CASES)
