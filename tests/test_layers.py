@@ -205,6 +205,21 @@ def test_no_command_imports_torch_before_it_needs_it(tmp_path: Path) -> None:
     assert results == [[command, 0, []] for command in commands]
 
 
+def test_listing_waits_for_neither_numpy_nor_pydantic(tmp_path: Path) -> None:
+    """Each takes as long as everything else that a list does."""
+    expert_directory(tmp_path / "one")
+    code = (
+        "import sys\nfrom adaptlib.cli.main import invoke\n"
+        "invoke(sys.argv[1:])\n"
+        "code = [name for name in ('numpy', 'pydantic', 'rich') if name in sys.modules]\n"
+    )
+    for words in (["init", "library"], ["add", "one", "-L", "library"]):
+        loaded(code, *words, cwd=tmp_path)
+    for words in (["list"], ["list", "-q"], ["list", "--json"], ["list", "--sort", "task"]):
+        heavy, _ = loaded(code, *words, "-L", "library", cwd=tmp_path)
+        assert heavy == [], words
+
+
 def test_the_readme_names_every_part() -> None:
     readme = (ROOT / "README.md").read_text()
     parts = [*(ROOT / "adaptlib").iterdir()]
