@@ -129,8 +129,8 @@ def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> 
         width = os.get_terminal_size(sys.stdout.fileno()).columns or width
     bold = (lambda text: f"\x1b[1m{text}\x1b[0m") if colored() else str
     cells = [[plain(cell) for cell in row] for row in rows]
-    for text in lay_out([*columns], cells, width, ellipsis=ellipsis(), bold=bold):
-        sys.stdout.write(text + "\n")
+    lines = lay_out([*columns], cells, width, ellipsis=ellipsis(), bold=bold)
+    sys.stdout.write("\n".join([*lines, ""]))
 
 
 def size(count: int) -> str:

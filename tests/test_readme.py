@@ -22,7 +22,11 @@ def commands(text: str) -> list[str]:
 
 def run(blocks: list[str], where: Path) -> Iterator[str]:
     """Each block with what its commands print, stdout and then stderr."""
-    environment = {name: value for name, value in os.environ.items() if "ADAPTLIB" not in name}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if "ADAPTLIB" not in name and not name.startswith("PYTHON")
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
     for block in blocks:
