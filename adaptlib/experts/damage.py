@@ -166,7 +166,7 @@ def forget(victims: Collection[Ref], refs: Collection[Ref] | None) -> str:
 def _name_again(ref: Ref) -> str:
     kind, _, name = ref.name.partition("/")
     if kind == PINS:
-        return f"adaptlib pin NAME {name}"
+        return f"adaptlib pin NAME --label {name}"
     if kind in RECORDS:
         verb = "route --prompt TEXT" if kind == "routers" else "cluster"
         return f"adaptlib {verb} --save {name}"

@@ -183,6 +183,20 @@ def test_an_error_names_who_needs_what_is_damaged(run: Any, library: Library) ->
     assert run("export", "sums", "sums-out").code == 0
 
 
+def test_a_pin_that_is_lost_with_its_log_can_be_made_again(
+    run: Any, library: Library, tmp_path: Path
+) -> None:
+    library.pin("sums", "kept")
+    (tmp_path / "library" / "refs" / "pins" / "kept" / "latest").write_text("nonsense")
+    (tmp_path / "library" / "log" / "pins" / "kept.jsonl").unlink()
+    done = run("verify", "--repair", "--json")
+    assert done.code == 4
+    (problem,) = done.document["problems"]
+    assert problem["hint"] == "adaptlib pin NAME --label kept"
+    assert typed(run, problem["hint"].replace("NAME", "sums")).code == 0
+    assert library.pins() == {"kept": library.digest("sums")}
+
+
 def test_a_ref_that_cannot_be_read_comes_back(run: Any, library: Library, tmp_path: Path) -> None:
     tags = library.tags()
     (tmp_path / "library" / "refs" / "poems" / "latest").write_text("nonsense")
